@@ -1,0 +1,54 @@
+"""The verb for many runs: compare."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from selectune.cli.shell import (
+    DebugOption,
+    JsonOption,
+    OverridesArgument,
+    QuietOption,
+    RecipeArgument,
+    Result,
+    need_recipe,
+    perform,
+)
+from selectune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from selectune.progress import Progress
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(name="compare")(compare)
+
+
+def compare(
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run a matrix of methods, targets and seeds."""
+    from selectune.recipe import load_recipe
+
+    path = need_recipe(recipe, "compare")
+    loaded = load_recipe(path, overrides or ())
+    if loaded.matrix is None:
+        raise ConfigError(
+            f"{path.name} has no matrix to compare",
+            where=str(path),
+            why="compare runs a grid; without `matrix:` a recipe is one run",
+            do=f"add matrix.methods, such as [gist, length], or selectune run {path}",
+        )
+
+    def action(progress: "Progress") -> Result:
+        from selectune import compare as grid
+
+        return grid.compare(loaded, out=Path(loaded.output), progress=progress)
+
+    perform(action, as_json=as_json, is_quiet=quiet)

@@ -1,0 +1,166 @@
+"""The gradient of every example at every trainable parameter, for the price of a backward pass.
+
+`GradientEngine.run` takes one batch, hands each parameter's rows to a consumer as soon as they
+exist, and returns the losses. What no kernel covers takes an exact loop over examples; which
+parameters those are is found out by `probe`, which compares the sum of all rows with autograd's own
+gradient. A functional call around a module, a fused head or an odd norm is thus found, not missed.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selectune.data.collate import Batch
+from selectune.errors import CoverageError, SelectionError
+from selectune.gradients.capture import Capture, Consumer, refuse_declined, trainable
+from selectune.gradients.kernels import DenseRows, Rows, exact
+from selectune.gradients.loss import target_nll
+
+_log = logging.getLogger(__name__)
+
+# How far the sum of rows may lie from autograd's gradient, relative to its norm. Half precision
+# rounds each of the two sums differently; a missed use of a parameter is off by a share of 1.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}
+_TOLERANCE_HALF = 0.1
+
+
+@contextmanager
+def precision_of(device: torch.device, precision: str) -> Iterator[None]:
+    """Enter autocast for one forward pass; entered anew each time, so no stale casts survive."""
+    dtype = getattr(torch, precision)
+    with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        yield
+
+
+def example_loss(model: nn.Module, batch: Batch, precision: str = "float32") -> Float[Tensor, " n"]:
+    """Return the mean cross-entropy of each example over its target tokens, in nats, fp32.
+
+    Source: DESIGN.md, section 2, "loss of an example". The batch loss of transformers differs: one
+    mean over all tokens of the batch.
+    """
+    with precision_of(batch.input_ids.device, precision):
+        nats, n_tokens = target_nll(model, batch)
+    return nats / n_tokens
+
+
+class GradientEngine:
+    """Per-example gradients of a model's trainable parameters, batch by batch.
+
+    Args:
+        model: its `requires_grad` flags say what is captured; put in eval mode, so that dropout
+            is off.
+        precision: "float32", "bfloat16" or "float16": the autocast of each forward pass.
+
+    Raises:
+        SelectionError: nothing in the model is trainable.
+    """
+
+    def __init__(self, model: nn.Module, *, precision: str = "float32") -> None:
+        self.model = model.eval()
+        self.precision = precision
+        self.parameters = trainable(model)
+        self.looped: frozenset[str] = frozenset()
+        self._probed = False
+        if not self.parameters:
+            raise SelectionError(
+                "no parameter of the model is trainable",
+                why="gradients are taken of the parameters with requires_grad=True",
+                do="add a peft adapter, or unfreeze layers",
+            )
+
+    def run(self, batch: Batch, consume: Consumer) -> Float[Tensor, " n"]:
+        """Hand every parameter's rows to `consume` once, and return the example losses.
+
+        Raises:
+            CoverageError: a parameter's rows cannot be told apart by example.
+        """
+        if not self._probed:
+            self.probe(batch)
+        with Capture(self.model, consume, skip=self.looped) as capture:
+            capture.expect(len(batch.ids))
+            losses = example_loss(self.model, batch, self.precision)
+            capture.backward(losses)
+        refuse_declined(capture)
+        if self.looped:
+            self._loop(batch, consume)
+        return losses.detach()
+
+    def probe(self, batch: Batch) -> None:
+        """Find the parameters whose rows do not add up to autograd's gradient, and loop over them.
+
+        Two examples tell: a batch axis of one would hide broadcasting.
+        """
+        self._probed = True
+        few = take(batch, [0, len(batch.ids) - 1]) if len(batch.ids) > 1 else batch
+        sums: dict[str, Tensor] = {}
+
+        def add_up(name: str, rows: Rows) -> None:
+            sums[name] = rows.combine(torch.ones_like(rows.norm2()))
+
+        kept = {p: p.grad for p in self.parameters.values()}
+        for p in kept:
+            p.grad = None
+        try:
+            with Capture(self.model, add_up) as capture:
+                capture.expect(len(few.ids))
+                losses = example_loss(self.model, few, self.precision)
+                capture.backward(losses, towards_weights=True)
+            half = self.precision != "float32"
+            bad = [n for n, p in self.parameters.items() if not _agree(sums.get(n), p.grad, half)]
+        finally:
+            for p, grad in kept.items():
+                p.grad = grad
+        self.looped = frozenset({*bad, *capture.declined})
+        if self.looped:
+            _log.warning(
+                "%d of %d parameters have no fast gradient kernel; one backward pass per example "
+                "covers them, first: %s",
+                len(self.looped), len(self.parameters), sorted(self.looped)[0],
+            )  # fmt: skip
+
+    def _loop(self, batch: Batch, consume: Consumer) -> None:
+        names = sorted(self.looped)
+        parameters = [self.parameters[name] for name in names]
+        gradients: list[list[Tensor]] = [[] for _ in names]
+        for k in range(len(batch.ids)):
+            loss = example_loss(self.model, take(batch, [k]), self.precision).sum()
+            for p in parameters:
+                p.grad = None
+            # Not `autograd.grad`: reentrant checkpointing refuses it.
+            loss.backward()
+            for column, p in zip(gradients, parameters, strict=True):
+                column.append(torch.zeros_like(p) if p.grad is None else p.grad)
+        self.model.zero_grad(set_to_none=True)
+        for name, column in zip(names, gradients, strict=True):
+            consume(name, DenseRows(exact(torch.stack(column))))
+
+
+def take(batch: Batch, rows: list[int]) -> Batch:
+    """Return some examples of a batch, in the order asked for."""
+    return Batch(
+        tuple(batch.ids[k] for k in rows),
+        batch.input_ids[rows],
+        batch.attention_mask[rows],
+        batch.labels[rows],
+    )
+
+
+def _agree(total: Tensor | None, gradient: Tensor | None, half: bool) -> bool:
+    if gradient is None:
+        return total is None or not bool(total.any())
+    if total is None:
+        return not bool(gradient.any())
+    if not bool(torch.isfinite(gradient).all()):
+        raise CoverageError(
+            "a gradient is not a number on the first batch",
+            why="the loss overflowed, or the weights already hold NaN",
+            do="use model.dtype=float32, and check the base weights",
+        )
+    reference = gradient.to(total.dtype)
+    tolerance = _TOLERANCE_HALF if half else _TOLERANCE.get(gradient.dtype, _TOLERANCE_HALF)
+    error = torch.linalg.vector_norm(total - reference)
+    return bool(error <= tolerance * torch.linalg.vector_norm(reference) + 1e-12)

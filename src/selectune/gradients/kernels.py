@@ -1,0 +1,361 @@
+"""What each example of a batch asks of one parameter, without a loop over examples.
+
+A kernel turns the rows of one module (inputs `X [n, t, i]`, output gradients `D [n, t, o]` of the
+*sum* of the example losses) into `Rows`, a small value with five questions:
+
+    dense()      [n, *shape]   every example's gradient
+    combine(w)   [*shape]      sum_n w_n g_n
+    dot(G)       [n]           <g_n, G>
+    norm2()      [n]           <g_n, g_n>
+    project(P)   [n, k]        <g_n, P_j> for the rows of P [k, d]
+
+Half-precision rows are summed in fp32; fp32 and fp64 stay as they are. To cover a new module type,
+add one function under `@gradient_kernel(Type)`; the coverage check compares it with autograd on
+the first batch of every pass, so a wrong kernel is never used.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# The most elements that `project` forms at once where a batch of dense gradients would be large.
+_CHUNK_ELEMENTS = 1 << 25
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What each of n examples asks of one parameter."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def dense(self) -> Float[Tensor, "n ..."]: ...
+    def combine(self, w: Float[Tensor, " n"]) -> Float[Tensor, "..."]: ...
+    def dot(self, G: Float[Tensor, "..."]) -> Float[Tensor, " n"]: ...
+    def norm2(self) -> Float[Tensor, " n"]: ...
+    def project(self, P: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]: ...
+
+
+def exact(x: Tensor) -> Tensor:
+    """Return `x` in a type that sums without losing digits: fp32, or fp64 if it is fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@dataclass(frozen=True, slots=True)
+class DenseRows:
+    """Gradients that are small enough to hold, or that the one-example loop gave."""
+
+    G: Float[Tensor, "n ..."]
+
+    @property
+    def n(self) -> int:
+        """Examples."""
+        return self.G.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return tuple(self.G.shape[1:])
+
+    def dense(self) -> Float[Tensor, "n ..."]:
+        """Every example's gradient."""
+        return self.G
+
+    def combine(self, w: Float[Tensor, " n"]) -> Float[Tensor, "..."]:
+        """Weighted sum over examples."""
+        return torch.einsum("n,n...->...", w, self.G)
+
+    def dot(self, G: Float[Tensor, "..."]) -> Float[Tensor, " n"]:
+        """Inner product of every example's gradient with G."""
+        return self.G.flatten(1) @ G.flatten()
+
+    def norm2(self) -> Float[Tensor, " n"]:
+        """Squared norm of every example's gradient."""
+        return self.G.flatten(1).square().sum(1)
+
+    def project(self, P: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
+        """Inner products with k directions."""
+        return self.G.flatten(1) @ P.mT
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRows:
+    """What each example asks of one matrix: D_n^T X_n, formed only by `dense`.
+
+    For weights stored the other way round (transformers' Conv1D) X and D change places.
+    """
+
+    X: Float[Tensor, "n t i"]
+    D: Float[Tensor, "n t o"]
+
+    @property
+    def n(self) -> int:
+        """Examples."""
+        return self.X.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, [o, i]."""
+        return (self.D.shape[2], self.X.shape[2])
+
+    def dense(self) -> Float[Tensor, "n o i"]:
+        """Every example's gradient."""
+        return self.D.mT @ self.X
+
+    def combine(self, w: Float[Tensor, " n"]) -> Float[Tensor, "o i"]:
+        """Weighted sum over examples: one product, no gradient per example."""
+        return (self.D * w[:, None, None]).flatten(0, 1).mT @ self.X.flatten(0, 1)
+
+    def dot(self, G: Float[Tensor, "o i"]) -> Float[Tensor, " n"]:
+        """Inner product with G, through the smaller side."""
+        if self.shape[0] <= self.shape[1]:
+            return ((self.D @ G) * self.X).sum((1, 2))
+        return ((self.X @ G.mT) * self.D).sum((1, 2))
+
+    def norm2(self) -> Float[Tensor, " n"]:
+        """Squared norm: <D^T X, D^T X> = <D D^T, X X^T>, the cheaper form while t * t < o * i."""
+        t, (o, i) = self.X.shape[1], self.shape
+        if t * t < o * i:
+            return ((self.D @ self.D.mT) * (self.X @ self.X.mT)).sum((1, 2))
+        return self.dense().square().sum((1, 2))
+
+    def project(self, P: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
+        """Inner products with k directions, a few examples' dense gradients at a time."""
+        step = max(1, _CHUNK_ELEMENTS // (self.shape[0] * self.shape[1]))
+        parts = [
+            (self.D[a : a + step].mT @ self.X[a : a + step]).flatten(1) @ P.mT
+            for a in range(0, self.n, step)
+        ]
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRows:
+    """What each example asks of a table of vectors: D added up at the rows that were looked up."""
+
+    T: Int[Tensor, "n t"]
+    D: Float[Tensor, "n t h"]  # 0 where the table's padding row was looked up
+    n_rows: int
+
+    @property
+    def n(self) -> int:
+        """Examples."""
+        return self.T.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the table, [rows, h]."""
+        return (self.n_rows, self.D.shape[2])
+
+    def dense(self) -> Float[Tensor, "n v h"]:
+        """Every example's gradient; large, so prefer the other four."""
+        out = self.D.new_zeros(self.n, *self.shape)
+        index = self.T[..., None].expand_as(self.D)
+        return out.scatter_add_(1, index, self.D)
+
+    def combine(self, w: Float[Tensor, " n"]) -> Float[Tensor, "v h"]:
+        """Weighted sum over examples."""
+        weighted = (self.D * w[:, None, None]).flatten(0, 1)
+        return self.D.new_zeros(self.shape).index_add_(0, self.T.flatten(), weighted)
+
+    def dot(self, G: Float[Tensor, "v h"]) -> Float[Tensor, " n"]:
+        """Inner product with G, read only at the rows looked up."""
+        return (self.D * G[self.T]).sum((1, 2))
+
+    def norm2(self) -> Float[Tensor, " n"]:
+        """Squared norm: pairs of positions count where they looked up the same row."""
+        same = self.T[:, :, None] == self.T[:, None, :]
+        return ((self.D @ self.D.mT) * same).sum((1, 2))
+
+    def project(self, P: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
+        """Inner products with k directions, one direction at a time."""
+        return torch.stack([self.dot(p.view(self.shape)) for p in P], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class JointRows:
+    """The sum of several uses of one parameter: tied weights, or a module called twice."""
+
+    parts: Sequence[Rows]
+
+    @property
+    def n(self) -> int:
+        """Examples."""
+        return self.parts[0].n
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return self.parts[0].shape
+
+    def dense(self) -> Float[Tensor, "n ..."]:
+        """Every example's gradient."""
+        total = self.parts[0].dense()
+        for part in self.parts[1:]:
+            total = total + part.dense()
+        return total
+
+    def combine(self, w: Float[Tensor, " n"]) -> Float[Tensor, "..."]:
+        """Weighted sum over examples."""
+        return torch.stack([part.combine(w) for part in self.parts]).sum(0)
+
+    def dot(self, G: Float[Tensor, "..."]) -> Float[Tensor, " n"]:
+        """Inner product with G."""
+        return torch.stack([part.dot(G) for part in self.parts]).sum(0)
+
+    def norm2(self) -> Float[Tensor, " n"]:
+        """Squared norm; the uses interfere, so it is taken of the sum, an example at a time."""
+        return torch.stack([_only(self, k).dense().square().sum() for k in range(self.n)])
+
+    def project(self, P: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
+        """Inner products with k directions."""
+        return torch.stack([part.project(P) for part in self.parts]).sum(0)
+
+
+def _only(rows: Rows, k: int) -> Rows:
+    """Return the rows of example k alone, so that a dense form holds one gradient, not n."""
+    match rows:
+        case JointRows():
+            return JointRows([_only(part, k) for part in rows.parts])
+        case LinearRows():
+            return LinearRows(rows.X[k : k + 1], rows.D[k : k + 1])
+        case EmbeddingRows():
+            return EmbeddingRows(rows.T[k : k + 1], rows.D[k : k + 1], rows.n_rows)
+        case _:
+            return DenseRows(rows.dense()[k : k + 1])
+
+
+def project_with_norm(
+    rows: Rows, P: Float[Tensor, "k d"]
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"]]:
+    """Return `project(P)` and `norm2()` from one dense gradient where that is the cheaper way."""
+    if isinstance(rows, LinearRows) and rows.n * rows.shape[0] * rows.shape[1] <= _CHUNK_ELEMENTS:
+        rows = DenseRows(rows.dense())
+    return rows.project(P), rows.norm2()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a module, as its kernel sees it in the backward pass."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    D: Float[Tensor, "n ..."]  # gradient of the summed example losses at the output
+
+
+Kernel = Callable[[Call, str], Rows | None]
+_kernels: dict[type, Kernel] = {}
+_kernels_by_name: dict[str, Kernel] = {}
+
+
+def gradient_kernel(*types: type, named: str = "") -> Callable[[Kernel], Kernel]:
+    """Register a function (call, parameter name in the module) -> Rows, or None to decline.
+
+    Args:
+        types: the module types it serves, subclasses included.
+        named: the end of a class name that it serves beside them; every model family brings an
+            RMSNorm class of its own, and the coverage check proves each on the first batch.
+
+    Raises:
+        ValueError: a type or a name is served already.
+    """
+
+    def add(kernel: Kernel) -> Kernel:
+        for key in types:
+            if key in _kernels:
+                raise ValueError(f"{key.__name__} has a gradient kernel already")
+            _kernels[key] = kernel
+        if named:
+            if named in _kernels_by_name:
+                raise ValueError(f"*{named} has a gradient kernel already")
+            _kernels_by_name[named] = kernel
+        return kernel
+
+    return add
+
+
+def gradient_kernels() -> dict[str, Kernel]:
+    """Return every registered kernel by the name of what it serves."""
+    by_type = {key.__name__: kernel for key, kernel in _kernels.items()}
+    return by_type | {f"*{name}": kernel for name, kernel in _kernels_by_name.items()}
+
+
+def kernel_for(module: nn.Module) -> Kernel | None:
+    """Return the kernel of a module's nearest type, else of its class name, else None."""
+    for base in type(module).__mro__:
+        for name, kernel in _kernels_by_name.items():
+            if base.__name__.endswith(name) and base not in _kernels:
+                return kernel
+        if base in _kernels:
+            return _kernels[base]
+    return None
+
+
+@gradient_kernel(nn.Linear)
+def linear(call: Call, name: str) -> Rows | None:
+    """Rows of nn.Linear: y = x W^T + b."""
+    X, D = call.args[0], call.D
+    if type(call.module).forward is not nn.Linear.forward or X.ndim != 3:
+        return None
+    if name == "bias":
+        return DenseRows(exact(D).sum(1))
+    return LinearRows(exact(X), exact(D)) if name == "weight" else None
+
+
+@gradient_kernel(Conv1D)
+def conv1d(call: Call, name: str) -> Rows | None:
+    """Rows of transformers' Conv1D (GPT-2): y = x W + b, so X and D change places."""
+    X, D = call.args[0], call.D
+    if X.ndim != 3:
+        return None
+    if name == "bias":
+        return DenseRows(exact(D).sum(1))
+    return LinearRows(exact(D), exact(X)) if name == "weight" else None
+
+
+@gradient_kernel(nn.Embedding)
+def embedding(call: Call, name: str) -> Rows | None:
+    """Rows of nn.Embedding. `max_norm` and `scale_grad_by_freq` rewrite gradients: declined."""
+    module, T, D = call.module, call.args[0], exact(call.D)
+    if not isinstance(module, nn.Embedding) or module.max_norm or module.scale_grad_by_freq:
+        return None
+    if name != "weight" or T.ndim != 2:
+        return None
+    if module.padding_idx is not None:
+        D = D * (T != module.padding_idx)[..., None]
+    return EmbeddingRows(T, D, module.num_embeddings)
+
+
+@gradient_kernel(named="ScaledWordEmbedding")
+def scaled_embedding(call: Call, name: str) -> Rows | None:
+    """Rows of Gemma's embedding, which multiplies what it looked up by `embed_scale`."""
+    scaled = exact(call.D) * exact(torch.as_tensor(call.module.embed_scale))
+    return embedding(Call(call.module, call.args, call.kwargs, scaled), name)
+
+
+@gradient_kernel(nn.LayerNorm, nn.RMSNorm, named="RMSNorm")
+@gradient_kernel(named="LayerNorm")
+@gradient_kernel(named="DoraLinearLayer")
+def scale_and_shift(call: Call, name: str) -> Rows | None:
+    """Rows of vectors that scale or shift the output elementwise: y = c + p * b.
+
+    b = y(p = 1) - y(p = 0) with everything else as it was, so Llama's `w * x`, Gemma's
+    `(1 + w) * x`, a bias and DoRA's magnitude are one case.
+    """
+    parameter = call.module.get_parameter(name)
+    if call.D.ndim != 3 or parameter.shape != call.D.shape[2:]:
+        return None
+    ends = [
+        torch.func.functional_call(
+            call.module, {name: torch.full_like(parameter, v)}, call.args, dict(call.kwargs)
+        )
+        for v in (1.0, 0.0)
+    ]
+    return DenseRows((exact(call.D) * (exact(ends[0]) - exact(ends[1]))).sum(1))

@@ -1,0 +1,105 @@
+"""The loss of each example of a batch, with the LM head computed at target positions only.
+
+With prompts three quarters of the tokens, most of the head's work would go to logits that no loss
+reads. A forward pre-hook on the model's own head gathers the hidden states that do predict a target
+token, so whatever the model does to its logits afterwards (soft-capping, scaling) stays right.
+"""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from selectune.data.collate import Batch
+from selectune.errors import CoverageError, DataError
+
+_NO_LOSS = -100  # what transformers and torch's cross-entropy call "no loss here"
+
+
+def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+    """Return each example's summed cross-entropy over its target tokens, and their number.
+
+    Padding may stand on either side: rows are moved to the left first, which leaves positions as
+    the model was trained with, whether it takes them as ids, learns them or has none. Trainable
+    heads are called with `[n, T, hidden]`, so that gradients keep a batch axis; frozen ones with
+    `[1, all targets, hidden]`, which wastes nothing.
+
+    Args:
+        model: a causal LM of transformers, bare or wrapped by peft, in any mode and dtype.
+        batch: on the model's device; a label at position 0 is ignored, as nothing predicts it.
+
+    Returns:
+        Nats, summed in fp32 (fp64 for an fp64 model) and differentiable; counts of target tokens.
+
+    Raises:
+        DataError: an example has no target token, so its loss is undefined.
+        CoverageError: the model returns logits that do not line up with its input tokens.
+    """
+    order = batch.attention_mask.argsort(dim=1, descending=True, stable=True)
+    tokens, mask, labels = (
+        x.gather(1, order) for x in (batch.input_ids, batch.attention_mask, batch.labels)
+    )
+    n, t = tokens.shape
+    is_target = labels[:, 1:] != _NO_LOSS
+    n_tokens = is_target.sum(1)
+    _refuse_empty(batch, n_tokens)
+
+    head = _head(model)
+    width = int(n_tokens.max())
+    # Where the predicting positions of each row stand, in order; row n's first n_tokens[n] count.
+    positions = is_target.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    is_real = torch.arange(width, device=tokens.device) < n_tokens[:, None]
+    slots = positions + t * torch.arange(n, device=tokens.device)[:, None]
+    answers = labels.take(slots + 1).where(is_real, _NO_LOSS)
+    if head is None or not any(p.requires_grad for p in head.parameters()):
+        slots, answers = slots[is_real][None], answers[is_real][None]
+
+    def gather(hidden: Tensor) -> Tensor:
+        return hidden.flatten(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape)
+
+    def before_head(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].shape[:-1] != (n, t):
+            return None
+        return gather(args[0]), *args[1:]
+
+    handle = None if head is None else head.register_forward_pre_hook(before_head)
+    try:
+        logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    # The two shapes never coincide: position 0 is no target, so a row has at most t - 1 of them.
+    if logits.shape[:-1] == (n, t):
+        logits = gather(logits)
+    elif logits.shape[:-1] != slots.shape:
+        raise CoverageError(
+            f"the model returned logits of shape {list(logits.shape)} for {n} x {t} tokens",
+            where=type(model).__name__,
+            why="an example's loss needs one row of logits for each of its tokens",
+            do="use a causal LM without virtual tokens or a loss of its own",
+        )
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nats = functional.cross_entropy(
+        exact.flatten(0, 1), answers.flatten(), ignore_index=_NO_LOSS, reduction="none"
+    )
+    if slots.shape != is_real.shape:
+        nats = nats.new_zeros(is_real.shape).masked_scatter(is_real, nats)
+    return nats.view(is_real.shape).sum(1), n_tokens
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    # peft passes this method of transformers on through `__getattr__`, so no type knows of it.
+    return cast("Any", model).get_output_embeddings()
+
+
+def _refuse_empty(batch: Batch, n_tokens: Tensor) -> None:
+    empty = [batch.ids[i] for i in (n_tokens == 0).nonzero().flatten().tolist()]
+    if empty:
+        raise DataError(
+            f"{len(empty)} of {len(batch.ids)} examples of a batch have no target token",
+            where="example " + ", ".join(empty[:5]),
+            why="the loss of an example is a mean over its target tokens",
+            do="raise `data.max_length`, or take these examples out",
+        )

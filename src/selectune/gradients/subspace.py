@@ -1,0 +1,96 @@
+"""The space that a few target gradients span, read off their Gram matrix alone.
+
+With V = [v_1 .. v_M] the target gradients and K = V^T V = U diag(s^2) U^T, the basis is
+P = V U_r diag(1/s_r); it is never formed. A pool example's coordinates are x = diag(1/s_r) U_r^T a
+from its dot products a_j = <g, v_j>, a target's are c_j = s_r * U[j, :r]. Float64 throughout.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from selectune.errors import SelectionError
+
+# Directions below this share of the largest singular value are rounding of fp32 dot products.
+_FLOOR = 1e-4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spectrum:
+    """Directions of a set of target gradients, strongest first.
+
+    Args:
+        U: eigenvectors of the Gram matrix, one column per direction above the numerical floor.
+        s: singular values of V, descending, all above the floor.
+    """
+
+    U: Float[np.ndarray, "m k"]
+    s: Float[np.ndarray, " k"]
+
+    @property
+    def energy(self) -> Float[np.ndarray, " k"]:
+        """Share of the summed squared target norms that the first 1, 2, .. directions hold."""
+        return np.cumsum(self.s**2) / np.sum(self.s**2)
+
+    def coordinates(self, dots: Float[np.ndarray, "n m"], rank: int) -> Float[np.ndarray, "n r"]:
+        """Return x = P^T g of examples with dot products `dots` to the targets."""
+        return (dots.astype(np.float64) @ self.U[:, :rank]) / self.s[:rank]
+
+    def target_coordinates(self, rank: int) -> Float[np.ndarray, "m r"]:
+        """Return c_j = P^T v_j of every target."""
+        return self.U[:, :rank] * self.s[:rank]
+
+
+def spectrum(gram: Float[np.ndarray, "m m"]) -> Spectrum:
+    """Return the directions of the targets whose Gram matrix is given.
+
+    Raises:
+        SelectionError: the target gradients are zero or not finite.
+    """
+    K = np.asarray(gram, np.float64)
+    if not np.isfinite(K).all():
+        raise SelectionError(
+            "a target gradient is not finite",
+            why="the loss of a target example overflowed",
+            do="use model.dtype=float32, or take the example out",
+        )
+    values, vectors = np.linalg.eigh((K + K.T) / 2)
+    s = np.sqrt(np.clip(values[::-1], 0, None))
+    U = vectors[:, ::-1]
+    keep = s > _FLOOR * s[0] if s[0] > 0 else np.zeros(len(s), bool)
+    if not keep.any():
+        raise SelectionError(
+            "all target gradients are zero",
+            why="the model already gives every target answer with certainty, or nothing trains",
+            do="use other targets, or check `selectune plan` for what is trainable",
+        )
+    return Spectrum(U[:, keep], s[keep])
+
+
+def rank_by_energy(directions: Spectrum, share: float) -> int:
+    """Return the smallest rank that holds `share` of the energy (GIST, 95 % rule)."""
+    # The last entry is 1 up to rounding; the clip keeps share=1 inside the range.
+    return min(int(np.searchsorted(directions.energy, share - 1e-12)) + 1, len(directions.s))
+
+
+def rank_left_out(gram: Float[np.ndarray, "m m"]) -> int:
+    """Return the smallest rank within one standard error of the best at foretelling new targets.
+
+    Each target in turn is left out; what counts is the share of its energy inside the first r
+    directions of the others, less the share that r of M random directions would hold.
+    """
+    K = np.asarray(gram, np.float64)
+    m = len(K)
+    held = np.zeros((m, m - 1))
+    for j in range(m):
+        others = np.delete(np.arange(m), j)
+        directions = spectrum(K[np.ix_(others, others)])
+        x = directions.coordinates(K[j, others][None], len(directions.s))[0]
+        share = np.cumsum(x**2) / max(K[j, j], np.finfo(float).tiny)
+        held[j, : len(share)] = share
+        held[j, len(share) :] = share[-1]
+    mean = held.mean(0)
+    error = held.std(0, ddof=1) / np.sqrt(m) if m > 1 else np.zeros(m - 1)
+    best = int(mean.argmax())
+    return int(np.argmax(mean >= mean[best] - error[best])) + 1

@@ -1,0 +1,311 @@
+"""Base models, tokenizers and adapters: loaded strictly, fingerprinted, on one chosen device.
+
+What moves between versions of transformers and peft when a model is loaded is touched here only.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from selectune.errors import (
+    ConfigError,
+    CorruptFileError,
+    IncompatibleRunError,
+    SelectionError,
+    nearest,
+)
+from selectune.recipe import AdapterSection, ModelSection
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model ready for use, and what was decided for it."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    precision: str
+    fingerprint: str
+    pad_id: int
+
+
+def choose_device(asked: str) -> torch.device:
+    """Return the device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        ConfigError: cuda is asked for and absent.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "model.device is cuda, and this machine has no CUDA device that torch can use",
+            where="model.device",
+            do="use model.device=cpu or auto",
+        )
+    use_cuda = asked == "cuda" or (asked == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """Return "bfloat16" where asked for or fast in hardware, else "float32"."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if cpu_has_fast_bf16() else "float32"
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Return whether the processor multiplies bfloat16 itself; emulated it is slower than fp32."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and bool({"avx512_bf16", "amx_bf16"} & set(info.read_text().split()))
+
+
+def load_base(section: ModelSection, *, adapter: AdapterSection) -> Base:
+    """Load a causal LM and its tokenizer.
+
+    Weights come in the chosen precision; with `adapter.kind: full` they come in fp32 (what trains
+    needs it), and only the forward pass runs in the chosen precision.
+
+    Raises:
+        ConfigError: there is no such model, or it is not a causal LM.
+    """
+    device = choose_device(section.device)
+    precision = choose_precision(section.dtype, device)
+    held = torch.float32 if adapter.kind == "full" else getattr(torch, precision)
+    tokenizer = load_tokenizer(section)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            section.base,
+            revision=section.revision,
+            dtype=held,
+            attn_implementation=section.attention,
+        )
+    except SafetensorError as error:
+        raise CorruptFileError(
+            f"the weights of {section.base} cannot be read",
+            where=section.base,
+            why=str(error),
+            do="copy or download the model again",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _no_model(section, error) from error
+    model.to(device)
+    model.config.use_cache = False
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Base(model, tokenizer, device, precision, fingerprint(model.state_dict()), int(pad_id))
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(section.base, revision=section.revision)
+    except (OSError, ValueError) as error:
+        raise _no_model(section, error) from error
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def context_length(section: ModelSection) -> int | None:
+    """Return the number of positions that the model was made for, None where it does not say.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(section.base, revision=section.revision)
+    except (OSError, ValueError) as error:
+        raise _no_model(section, error) from error
+    return config.to_dict().get("max_position_embeddings")
+
+
+def _no_model(section: ModelSection, error: Exception) -> ConfigError:
+    folder = Path(section.base)
+    first = str(error).strip().split("\n", 1)[0]
+    if folder.is_dir():
+        why = f"the folder holds no usable causal LM with tokenizer: {first}"
+        do = "point model.base at a folder written by save_pretrained"
+    else:
+        why = f"no such folder here, and the Hub did not give it: {first}"
+        do = "check the spelling; offline, give a local folder"
+    return ConfigError(
+        f'no model "{section.base}"', where="model.base", why=why, do=do
+    )
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return a short hash of names, types, shapes and bytes: equal only for equal weights."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()[:32]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder blocks, first to last: the longest list of modules of one class.
+
+    Raises:
+        SelectionError: the model has no such list.
+    """
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1
+    ]
+    if not lists:
+        raise SelectionError(
+            "no decoder blocks were found in the model",
+            where=type(model).__name__,
+            why="blocks are the longest nn.ModuleList of modules of one class",
+        )
+    return max(lists, key=len)
+
+
+def add_adapter(model: nn.Module, section: AdapterSection, *, seed: int) -> nn.Module:
+    """Make trainable what the recipe asks for, and nothing else.
+
+    Args:
+        model: the untouched base; `full` trains it in place.
+        section: kind, rank, modules and layers.
+        seed: of the factors' first values.
+
+    Returns:
+        A peft model whose factors are fp32, or the base itself for kind full.
+
+    Raises:
+        SelectionError: a module name or a layer index does not exist.
+    """
+    for p in model.parameters():
+        p.requires_grad_(False)
+    if section.kind == "full":
+        _unfreeze_layers(model, section.layers)
+        return model
+    linear = {
+        name.rsplit(".", 1)[-1]: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    targets = section.modules if isinstance(section.modules, str) else list(section.modules)
+    for name in targets if isinstance(targets, list) else ():
+        if name not in linear:
+            raise SelectionError(
+                f'no module of the model is called "{name}"',
+                where="adapter.modules",
+                why=f"its linear modules are called {', '.join(sorted(linear))}",
+                do=nearest(name, linear) + ' "all-linear" takes every one but the head',
+            )
+    wanted = linear if isinstance(targets, str) else targets
+    config = LoraConfig(
+        r=section.rank,
+        lora_alpha=cast("int", section.alpha),  # peft divides it by r; any number serves
+        lora_dropout=section.dropout,
+        target_modules=targets,
+        use_dora=section.kind == "dora",
+        fan_in_fan_out=any(linear[name] for name in wanted),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # peft warns about every Conv1D beside a Linear when "all-linear" meets both.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+            adapted = get_peft_model(cast("Any", model), config)
+    return cast("nn.Module", adapted)
+
+
+def _unfreeze_layers(model: nn.Module, layers: Iterable[int] | None) -> None:
+    found = blocks(model)
+    for index in range(len(found)) if layers is None else layers:
+        if not -len(found) <= index < len(found):
+            raise SelectionError(
+                f"there is no layer {index}",
+                where="adapter.layers",
+                why=f"the {len(found)} layers are called 0 to {len(found) - 1}",
+                do="negative numbers count from the end: -1 is the last layer",
+            )
+        for p in found[index].parameters():
+            p.requires_grad_(True)
+
+
+def load_adapter(base: Base, path: str | Path) -> nn.Module:
+    """Put a saved peft adapter onto its base, trainable, in evaluation-ready form.
+
+    peft 0.21 loads an adapter of another model, or of one with fewer layers, without a word; here
+    every tensor has to find its place.
+
+    Raises:
+        ConfigError: the folder holds no peft adapter.
+        IncompatibleRunError: the adapter was made for another base.
+    """
+    folder = Path(path)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.exists() or not (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"no peft adapter in {folder}",
+            where="model.adapter",
+            why="a peft adapter is adapter_config.json beside adapter_model.safetensors",
+            do="give the folder that peft's save_pretrained wrote",
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        with safe_open(weights, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, TypeError, ValueError, KeyError) as error:
+        raise CorruptFileError(
+            "the adapter cannot be read",
+            where=str(folder),
+            why=str(error),
+            do="copy the adapter again",
+        ) from error
+    for p in base.model.parameters():
+        p.requires_grad_(False)
+    try:
+        adapted = PeftModel.from_pretrained(
+            cast("Any", base.model), str(folder), config=config, is_trainable=True
+        )
+    except (RuntimeError, ValueError) as error:
+        raise _other_base(folder, str(error).split("\n", 1)[0]) from error
+    places = {
+        name.replace(".default", ""): tuple(p.shape)
+        for name, p in adapted.named_parameters()
+        if p.requires_grad
+    }
+    missing, extra = places.keys() - found.keys(), found.keys() - places.keys()
+    odd = [name for name in places.keys() & found.keys() if places[name] != found[name]]
+    if missing or extra or odd:
+        first = sorted(missing or extra or odd)[0]
+        raise _other_base(
+            folder,
+            f"{len(missing)} tensors are missing, {len(extra)} have no place in this model and "
+            f"{len(odd)} have another shape; the first is {first}",
+        )
+    return cast("nn.Module", adapted)
+
+
+def _other_base(folder: Path, why: str) -> IncompatibleRunError:
+    return IncompatibleRunError(
+        "the adapter was made for another base model",
+        where=str(folder),
+        why=why,
+        do="set model.base to the model that adapter_config.json names",
+    )
+
+
+def trainable_fingerprint(model: nn.Module) -> str:
+    """Return the fingerprint of what is trainable in a model."""
+    return fingerprint({n: p for n, p in model.named_parameters() if p.requires_grad})

@@ -1,0 +1,250 @@
+"""From a recipe's file names to candidates, targets and held-out examples, all checked."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from selectune.data import (
+    Example,
+    ExampleSet,
+    Tokenized,
+    Tokens,
+    demo_assets,
+    duplicates,
+    leakage,
+    read_examples,
+    tokenize,
+)
+from selectune.data.demo import DemoAssets
+from selectune.errors import ConfigError, DataError, nearest
+from selectune.models import context_length
+from selectune.recipe import DataSection, ModelSection, Recipe
+from selectune.selection import Selection
+
+DEMO = "demo:"
+ONLY_TASK = "target"  # what a target without a name is called
+
+
+@dataclass(frozen=True, slots=True)
+class Assets:
+    """Where a recipe's names lead: `demo:` names stand for files in the user's cache."""
+
+    model: ModelSection
+    data: DataSection
+
+
+def resolve(recipe: Recipe) -> Assets:
+    """Return the recipe's model and data sections with every `demo:` name made a path.
+
+    Raises:
+        ConfigError: an unknown demo name, or held-out tasks that are no target tasks.
+        StorageError: the demo's parts cannot be fetched.
+    """
+    fetched: list[DemoAssets] = []
+
+    def path(name: str) -> str:
+        if not name.startswith(DEMO):
+            return name
+        if not fetched:
+            fetched.append(demo_assets())
+        known = _demo_names(fetched[0])
+        if name not in known:
+            raise ConfigError(
+                f'"{name}" is no part of the demo', where="recipe", do=nearest(name, known)
+            )
+        return str(known[name])
+
+    def paths(spec: str | list[str] | Mapping[str, str]) -> str | list[str] | dict[str, str]:
+        if isinstance(spec, str):
+            return path(spec)
+        if isinstance(spec, Mapping):
+            return {name: path(value) for name, value in spec.items()}
+        return [path(value) for value in spec]
+
+    data = recipe.data
+    changes = {key: paths(getattr(data, key)) for key in ("pool", "target")}
+    if data.heldout is not None:
+        changes["heldout"] = paths(data.heldout)
+        tasks, held = _tasks(data.target), _tasks(data.heldout)
+        if strange := sorted(held.keys() - tasks.keys()):
+            raise ConfigError(
+                f'held-out task "{strange[0]}" is no target task',
+                where="data.heldout",
+                why="evaluation is by task; data.heldout is named as data.target is",
+                do=nearest(strange[0], tasks),
+            )
+    return Assets(
+        recipe.model.model_copy(update={"base": path(recipe.model.base)}),
+        data.model_copy(update=changes),
+    )
+
+
+def _demo_names(assets: DemoAssets) -> dict[str, Path]:
+    return {
+        "demo:model": assets.model,
+        "demo:pool": assets.pool,
+        **{f"demo:target/{task}": file for task, file in assets.targets.items()},
+        **{f"demo:heldout/{task}": file for task, file in assets.heldout.items()},
+    }
+
+
+def _tasks(spec: str | Mapping[str, str]) -> dict[str, str]:
+    return {ONLY_TASK: spec} if isinstance(spec, str) else dict(spec)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run works on.
+
+    Args:
+        rows: every row of the pool.
+        candidates: those that may be chosen.
+        dropped: why the others may not, by id.
+        targets: target examples by task.
+        heldout: held-out examples by task; empty where the recipe names none.
+        notes: what a person should know, in sentences.
+    """
+
+    rows: tuple[Example, ...]
+    candidates: tuple[Example, ...]
+    dropped: Mapping[str, str]
+    targets: Mapping[str, tuple[Example, ...]]
+    heldout: Mapping[str, tuple[Example, ...]]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all ids, which hash all contents."""
+        digest = hashlib.sha256()
+        for part in (self.rows, *self.targets.values(), *self.heldout.values()):
+            digest.update("\n".join(sorted(e.id for e in part)).encode() + b"\0")
+        return digest.hexdigest()[:32]
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """Source of every candidate, by id."""
+        return {e.id: e.source for e in self.candidates}
+
+    def chosen(self, selection: Selection) -> list[Example]:
+        """Return the examples of a selection, best first."""
+        return selection.examples(self.candidates)
+
+
+def read_data(data: DataSection) -> Prepared:
+    """Read pool, targets and held-out data; drop leaks and repeats as the recipe says.
+
+    Raises:
+        DataError: a file is missing, malformed or empty, or leakage is found and forbidden.
+    """
+    pool = read_examples(data.pool, what="pool", form=data.format)
+    targets = _read_tasks(data.target, "target", data.format)
+    heldout = _read_tasks(data.heldout, "heldout", data.format) if data.heldout else {}
+    notes = [f"pool: {len(pool)} rows, read as {pool.form}"]
+    dropped: dict[str, str] = {}
+    repeats = duplicates(pool)
+    if repeats.n and data.duplicates == "drop":
+        dropped |= {i: f"equals the earlier row {first}" for i, first in repeats.copies.items()}
+    if repeats.n:
+        verb = "dropped" if data.duplicates == "drop" else "kept"
+        notes.append(f"{repeats.n} pool rows equal an earlier one: {verb}")
+    leaks = leakage(pool, _all(targets), _all(heldout))
+    if leaks.n and data.leakage == "error":
+        raise DataError(
+            f"{leaks.n} pool rows equal a target or held-out row",
+            where=", ".join(list(leaks.matches)[:3]),
+            why="trained on them, the evaluation would measure memory",
+            do="take them out, or set data.leakage=drop",
+        )
+    if leaks.n:
+        verb = "dropped" if data.leakage == "drop" else "kept, and the evaluation is tainted"
+        notes.append(f"{leaks.n} pool rows equal a target or held-out row: {verb}")
+    if data.leakage == "drop":
+        dropped |= {i: f"leak: equals {other}" for i, other in leaks.matches.items()}
+    both = leakage(_all(targets), [], _all(heldout))
+    if both.n:
+        notes.append(f"{both.n} target rows equal a held-out row: the evaluation is tainted")
+    candidates = tuple(e for e in pool if e.id not in dropped)
+    if not candidates:
+        raise DataError(
+            "no pool row is left to choose from",
+            where=str(data.pool),
+            why=f"all {len(pool)} rows equal target, held-out or earlier rows",
+            do="give a pool that differs from the target",
+        )
+    return Prepared(tuple(pool), candidates, dropped, targets, heldout, tuple(notes))
+
+
+def _read_tasks(
+    spec: str | Mapping[str, str], what: str, form: str
+) -> dict[str, tuple[Example, ...]]:
+    found: dict[str, tuple[Example, ...]] = {}
+    for task, path in _tasks(spec).items():
+        examples: ExampleSet = read_examples(path, what=what, form=form)
+        found[task] = tuple(examples)
+    return found
+
+
+def _all(tasks: Mapping[str, Sequence[Example]]) -> list[Example]:
+    return [example for examples in tasks.values() for example in examples]
+
+
+@dataclass(frozen=True)
+class PreparedTokens:
+    """The tokens of a run, and which candidates lost all their target tokens to the cut."""
+
+    pool: Tokenized
+    targets: Mapping[str, Tokenized]
+    dropped: Mapping[str, str]
+
+    @cached_property
+    def by_id(self) -> dict[str, Tokens]:
+        """Pool tokens by example id."""
+        return {t.id: t for t in self.pool}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all token ids and loss masks, in pool order."""
+        digest = hashlib.sha256()
+        for part in (self.pool, *self.targets.values()):
+            for t in part:
+                digest.update(t.id.encode())
+                digest.update(t.input_ids.tobytes() + t.is_target.tobytes())
+        return digest.hexdigest()[:32]
+
+
+def tokenize_all(
+    prepared: Prepared, assets: Assets, tokenizer: PreTrainedTokenizerBase
+) -> PreparedTokens:
+    """Tokenise pool and targets.
+
+    Raises:
+        ConfigError: `data.max_length` is past the model's context.
+        DataError: too many examples have no target token left.
+    """
+    data = assets.data
+    context = context_length(assets.model)
+    if context is not None and data.max_length > context:
+        raise ConfigError(
+            f"data.max_length is {data.max_length}, the model's context is {context}",
+            where="data.max_length",
+            why="positions past the context have no meaning to the model",
+            do=f"use data.max_length={context} or less",
+        )
+
+    def run(examples: Sequence[Example]) -> Tokenized:
+        return tokenize(
+            examples,
+            tokenizer,
+            max_length=data.max_length,
+            loss_on=data.loss_on,
+            max_empty_share=data.max_empty,
+        )
+
+    pool = run(prepared.candidates)
+    dropped = dict.fromkeys(pool.empty_ids, "no target token is left within data.max_length")
+    targets = {task: run(examples) for task, examples in prepared.targets.items()}
+    return PreparedTokens(pool, targets, dropped)

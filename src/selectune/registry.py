@@ -1,0 +1,162 @@
+"""One decorator per method family; help, docs table, error lists and test matrix come from here."""
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from selectune.errors import ConfigError, nearest
+
+Family = Literal["data_scorer", "selection_rule"]
+Need = Literal["losses", "gradients", "dots"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# The packages whose import registers the methods of a family.
+_HOMES: dict[Family, str] = {
+    "data_scorer": "selectune.select.data",
+    "selection_rule": "selectune.select.rules",
+}
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_SECTION = re.compile(r"^(Paper|Cost|Fails)\s+(.*(?:\n\s{2,}.*)*)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One registered method and what its file says about it."""
+
+    name: str
+    family: Family
+    options: type
+    function: Callable[..., Any]
+    needs: frozenset[Need]
+
+    def _document(self) -> str:
+        return sys.modules[self.function.__module__].__doc__ or ""
+
+    def _section(self, name: str) -> str:
+        found = {m[1]: " ".join(m[2].split()) for m in _SECTION.finditer(self._document())}
+        return found.get(name, "")
+
+    @property
+    def summary(self) -> str:
+        """The first line of the method's file."""
+        return self._document().strip().split("\n", 1)[0]
+
+    @property
+    def paper(self) -> str:
+        """Where the method comes from."""
+        return self._section("Paper")
+
+    @property
+    def cost(self) -> str:
+        """What it costs in time and memory."""
+        return self._section("Cost")
+
+    @property
+    def fails(self) -> str:
+        """When it disappoints."""
+        return self._section("Fails")
+
+    def parse(self, options: dict[str, Any], *, where: str = "") -> Any:
+        """Return the options dataclass filled from plain values.
+
+        Args:
+            options: keys and plain values, as YAML or JSON gives them.
+            where: file and key, for the message.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type or a value out of range.
+        """
+        names = [f.name for f in fields(self.options)]
+        for key in options:
+            if key not in names:
+                raise ConfigError(
+                    f'"{key}" is no option of {self.name}',
+                    where=where,
+                    why=f"{self.name} takes: {', '.join(names) or 'no options'}",
+                    do=nearest(key, names) if names else f'remove "{key}"',
+                )
+        try:
+            return TypeAdapter(self.options).validate_python(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(
+                f'option "{key}" of {self.name} cannot be {first["input"]!r}',
+                where=where,
+                why=first["msg"],
+                do="correct the value; `selectune methods` lists options and defaults",
+            ) from error
+
+
+_entries: dict[Family, dict[str, Entry]] = {"data_scorer": {}, "selection_rule": {}}
+
+
+def register(
+    family: Family, name: str, *, options: type, needs: frozenset[Need] = frozenset()
+) -> Callable[[Function], Function]:
+    """Return the decorator that adds one method to its family.
+
+    Raises:
+        ValueError: the name is malformed or taken, or `options` is not a frozen dataclass
+            (mistakes of the method's author, found at import).
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"method name {name!r} must match {_NAME.pattern}")
+    if name in _entries[family]:
+        raise ValueError(f"{family} {name!r} is registered twice")
+    if not is_dataclass(options):
+        raise ValueError(f"options of {family} {name!r} must be a dataclass")
+
+    def add(function: Function) -> Function:
+        _entries[family][name] = Entry(name, family, options, function, needs)
+        return function
+
+    return add
+
+
+def data_scorer(
+    name: str, *, options: type, needs: set[Need] | None = None
+) -> Callable[[Function], Function]:
+    """Register a scorer of pool examples: (evidence, options) -> Scores.
+
+    Args:
+        name: what a recipe calls it.
+        options: a frozen dataclass whose defaults are the paper's.
+        needs: what it reads beside the tokens: "losses" (one forward pass of the base),
+            "gradients" (the store of one gradient pass), "dots" (the store, with the dot product
+            of every pool example and every target).
+    """
+    return register("data_scorer", name, options=options, needs=frozenset(needs or ()))
+
+
+def selection_rule(name: str, *, options: type) -> Callable[[Function], Function]:
+    """Register a rule that turns scores and a budget into chosen ids."""
+    return register("selection_rule", name, options=options)
+
+
+def methods(family: Family) -> list[Entry]:
+    """Return every method of a family, by name."""
+    importlib.import_module(_HOMES[family])
+    return [_entries[family][name] for name in sorted(_entries[family])]
+
+
+def get(family: Family, name: str, *, where: str = "") -> Entry:
+    """Return one method.
+
+    Raises:
+        ConfigError: no method of that name; the message offers the nearest.
+    """
+    known = {entry.name: entry for entry in methods(family)}
+    if name not in known:
+        raise ConfigError(
+            f'"{name}" is no {family.replace("_", " ")}',
+            where=where,
+            why=f"known are: {', '.join(known)}",
+            do=nearest(name, known),
+        )
+    return known[name]

@@ -1,0 +1,231 @@
+"""What a report is made of: plain values and arrays; any part but the title may be missing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+SELECTED, RANDOM, BASE = "selected", "random", "base"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the run found.
+
+    Args:
+        text: one plain sentence.
+        code: "better", "no_better" or "worse"; it decides the colour, any other is neutral.
+        advice: what to try next, one sentence each.
+    """
+
+    text: str
+    code: str
+    advice: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """One cell of the evaluation: how one arm did on one task's held-out examples.
+
+    Args:
+        arm: "selected", "random", "base" or the name of another control.
+        task: the target task.
+        metric: "answer_loss", "accuracy_raw", "accuracy_norm" (shares of 1), or any other name.
+        n: held-out examples behind the number.
+        value: the mean.
+        low: lower end of its 95 % interval; None where there is none.
+        high: upper end.
+    """
+
+    arm: str
+    task: str
+    metric: str
+    n: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A paired difference: mean over held-out examples of (arm - against).
+
+    Args:
+        arm: usually "selected".
+        against: usually "random" or "base".
+        task: the target task.
+        metric: as in `Level`.
+        n: pairs behind it.
+        value: the mean difference; for answer_loss below 0 is better.
+        low: lower end of its 95 % interval.
+        high: upper end.
+    """
+
+    arm: str
+    against: str
+    task: str
+    metric: str
+    n: int
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PoolTable:
+    """One row per pool example, in any order that all columns share.
+
+    Args:
+        ids: the examples.
+        sources: where each comes from.
+        n_tokens: length of each in tokens, after truncation.
+        scores: what ranked them, per target task ("" where one score serves all tasks).
+        energy: captured energy in 0..1, per target task; empty for methods without gradients.
+    """
+
+    ids: Sequence[str]
+    sources: Sequence[str]
+    n_tokens: Int[np.ndarray, " n"]
+    scores: Mapping[str, Float[np.ndarray, " n"]]
+    energy: Mapping[str, Float[np.ndarray, " n"]] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        """Refuse columns of different lengths: a join went wrong before."""
+        columns: dict[str, Sequence[Any] | np.ndarray] = {
+            "sources": self.sources,
+            "n_tokens": self.n_tokens,
+            **{f"scores of {task!r}": column for task, column in self.scores.items()},
+            **{f"energy of {task!r}": column for task, column in self.energy.items()},
+        }
+        for name, column in columns.items():
+            if len(column) != len(self.ids):
+                raise ValueError(f"{name}: {len(column)} values for {len(self.ids)} examples")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetSpectrum:
+    """The directions of one task's target gradients.
+
+    Args:
+        task: the target task.
+        eigenvalues: of the Gram matrix, descending: squared lengths along each direction.
+        rank: how many directions the scores use.
+    """
+
+    task: str
+    eigenvalues: Sequence[float]
+    rank: int
+
+
+Part = tuple[str, str]  # (role, text), such as ("prompt", "Question: ...")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownExample:
+    """A pool example worth reading, and the target that it matches best.
+
+    Args:
+        id: its id.
+        source: its source.
+        origin: file and line, such as "pool.jsonl:12".
+        parts: its text, by role; `parts_of` makes them from canonical content.
+        score: what ranked it.
+        energy: captured energy, None where the method has none.
+        is_selected: it was chosen.
+        target_task: task of the matched target, "" where no target is matched.
+        target_id: id of that target.
+        target_parts: its text, by role.
+        note: why it was chosen or dropped, in a few words.
+    """
+
+    id: str
+    source: str
+    origin: str
+    parts: Sequence[Part]
+    score: float
+    energy: float | None = None
+    is_selected: bool = False
+    target_task: str = ""
+    target_id: str = ""
+    target_parts: Sequence[Part] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """What one step of the run cost.
+
+    Args:
+        name: such as "score".
+        seconds: wall-clock time.
+        peak_bytes: most memory in use during it; None where it was not measured.
+        pool_epochs: compute, in forward+backward passes over the whole pool; None: none to speak
+            of, or not counted.
+        note: such as "reused from an earlier run".
+    """
+
+    name: str
+    seconds: float
+    peak_bytes: int | None = None
+    pool_epochs: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReportData:
+    """Everything on the page. Empty parts are left out, and the page says what that means.
+
+    Args:
+        title: name of the run.
+        pool: the pool and its scores.
+        selected_ids: the chosen examples.
+        recipe_yaml: the resolved recipe.
+        verdict: None where nothing was evaluated.
+        facts: short facts under the title, label to text (base model, method, seed, ..).
+        method: name of the scorer.
+        method_summary: one sentence on it, from the registry.
+        levels: the evaluation, one row per arm, task and metric.
+        differences: paired differences between arms.
+        primary_metric: the metric that the verdict speaks of.
+        spectra: one per target task; empty for methods without gradients.
+        best: the examples with the highest scores, best first.
+        worst: those with the lowest, worst first.
+        loss_curves: arm to (step, training loss in nats per token).
+        phases: in order of time.
+        left_out: pool rows that could not be chosen, reason to number.
+        warnings: one sentence each.
+        replay_command: what repeats the run.
+        run: the contents of run.json.
+    """
+
+    title: str
+    pool: PoolTable
+    selected_ids: Sequence[str]
+    recipe_yaml: str
+    verdict: Verdict | None = None
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])
+    method: str = ""
+    method_summary: str = ""
+    levels: Sequence[Level] = ()
+    differences: Sequence[Difference] = ()
+    primary_metric: str = "answer_loss"
+    spectra: Sequence[TargetSpectrum] = ()
+    best: Sequence[ShownExample] = ()
+    worst: Sequence[ShownExample] = ()
+    loss_curves: Mapping[str, Sequence[tuple[int, float]]] = field(
+        default_factory=dict[str, Sequence[tuple[int, float]]]
+    )
+    phases: Sequence[Phase] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])
+    warnings: Sequence[str] = ()
+    replay_command: str = "selectune run config.yaml output=another-folder"
+    run: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def parts_of(content: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Return (role, text) of canonical content: text, prompt + completion, or messages."""
+    if "messages" in content:
+        return tuple((str(m["role"]), str(m["content"])) for m in content["messages"])
+    return tuple((role, str(text)) for role, text in content.items())

@@ -1,0 +1,157 @@
+"""The Trainer's `checkpoint-N` folders, sealed by a manifest, and the identity of the run they serve.
+
+transformers writes straight into `checkpoint-N` and takes the highest number for the newest, so a
+save that was cut off would block every restart. Here a folder counts once its manifest stands.
+"""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from selectune import files
+from selectune.data.tokens import Tokens
+from selectune.errors import CorruptFileError, IncompatibleRunError
+from selectune.recipe import TuneSection
+
+KIND = "checkpoint"
+_NAME = re.compile(r"checkpoint-(\d+)")
+# What changes neither the weights nor the losses.
+_FREE = frozenset({"save_every", "keep_checkpoints", "controls"})
+
+
+def identify(
+    items: Sequence[Tokens], options: TuneSection, *, start: str, **rest: Any
+) -> dict[str, Any]:
+    """Return all that the trained weights depend on, flat, so that a difference has a name.
+
+    Args:
+        items: the examples, in the order they were given.
+        options: how to train; what only says where to save is left out.
+        start: fingerprint of the trainable weights before the first step.
+        rest: further entries, JSON values.
+    """
+    digest = hashlib.sha256()
+    for item in items:
+        for part in (item.id.encode(), item.input_ids.tobytes(), item.is_target.tobytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    tuning = options.model_dump(mode="json", exclude=set(_FREE))
+    packages = ["torch", "transformers", "peft", "accelerate"]
+    packages += ["trl"] if options.trainer == "trl" else []
+    return {
+        **rest,
+        "examples": digest.hexdigest(),
+        "start": start,
+        **{f"tune.{key}": value for key, value in tuning.items()},
+        **{f"version.{name}": version(name) for name in packages},
+    }
+
+
+def refuse_other(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path) -> None:
+    """Compare two identities.
+
+    Raises:
+        IncompatibleRunError: they differ; every entry that does is named with both values.
+    """
+    keys = sorted(
+        key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)
+    )
+    if keys:
+        lines = [f"{key} was {found.get(key)}, is now {wanted.get(key)}" for key in keys]
+        raise IncompatibleRunError(
+            f"{where.name} was trained by another run: {', '.join(keys)} differ",
+            where=str(where),
+            why="; ".join(lines),
+            do="give this run another output, or remove that folder to train again",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose every byte was checked."""
+
+    path: Path
+    step: int
+    seconds: float
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        identity: Mapping[str, Any],
+        keep: int,
+        every: int,
+        warn: Callable[[str], None],
+    ) -> None:
+        """Look at nothing yet.
+
+        Args:
+            folder: where the Trainer writes `checkpoint-N`.
+            identity: of the run; sealed into each checkpoint.
+            keep: how many of the newest regular checkpoints stay.
+            every: steps between regular ones; others come from interrupts.
+            warn: takes a sentence that the user should read.
+        """
+        self.folder, self.identity = folder, identity
+        self.keep, self.every, self.warn = keep, every, warn
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest valid checkpoint, and remove everything after it.
+
+        Raises:
+            IncompatibleRunError: it belongs to another run.
+        """
+        for step, path in self._found():
+            # No manifest: the save was cut off, or the process died before it was sealed.
+            if (path / files.MANIFEST).exists():
+                try:
+                    opened = files.open_dir(path, kind=KIND)
+                except CorruptFileError as error:
+                    self.warn(f"{path.name} is damaged, using an older checkpoint: {error}")
+                else:
+                    refuse_other(opened.meta["identity"], self.identity, where=path)
+                    return Checkpoint(path, step, float(opened.meta["seconds"]))
+            shutil.rmtree(path)
+        return None
+
+    def seal(self, step: int, *, seconds: float) -> None:
+        """Give the folder of `step` its manifest, then remove what is no longer needed.
+
+        Args:
+            step: whose folder the Trainer has just written.
+            seconds: training time up to this step.
+        """
+        meta = {"identity": dict(self.identity), "step": step, "seconds": seconds}
+        files.seal_dir(self.folder / f"checkpoint-{step}", kind=KIND, meta=meta)
+        self._remove(found for found, _ in self._found() if found < step and not self._stays(found))
+
+    def finish(self, last: int) -> None:
+        """Remove what only an interrupted run leaves, so that its folder looks like any other."""
+        self._remove(
+            step
+            for step, _ in self._found()
+            if step != last and (step % self.every or not self._stays(step))
+        )
+
+    def _stays(self, step: int) -> bool:
+        regular = [found for found, _ in self._found() if found % self.every == 0]
+        return step in regular[: self.keep]
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        for step in list(steps):
+            shutil.rmtree(self.folder / f"checkpoint-{step}")
+
+    def _found(self) -> list[tuple[int, Path]]:
+        """List the folders, newest first; whether they are valid is another matter."""
+        if not self.folder.is_dir():
+            return []
+        named = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
+        return sorted(((int(m[1]), path) for m, path in named if m and path.is_dir()), reverse=True)

@@ -1,0 +1,348 @@
+"""Train one adapter on exactly the given tokens, and resume where a killed process stopped."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from selectune import files
+from selectune.data.tokens import Tokens
+from selectune.errors import ConfigError, DataError, TrainingError
+from selectune.models import trainable_fingerprint
+from selectune.recipe import TuneSection
+from selectune.training.callback import Interrupts, Log, Watch
+from selectune.training.checkpoints import Checkpoint, Checkpoints, identify, refuse_other
+from selectune.training.order import EpochBatches
+from selectune.training.trainers import (
+    Collate,
+    TransformersArm,
+    count_moved,
+    snapshot,
+    trainable,
+)
+from selectune.training.weights import load_weights, save_weights
+
+KIND = "adapter"
+_CHEAP_BYTES = 256 * 2**20  # a checkpoint that an interrupt may wait for: well under a second
+
+
+@dataclass(frozen=True, slots=True)
+class TuneResult:
+    """A finished training run.
+
+    Attributes:
+        path: folder with the trained adapter, or the whole model where there is no adapter.
+        n_steps: optimizer steps.
+        seconds: training time, summed over all processes that took part.
+        peak_bytes: most memory in use: of the process on a CPU, of torch's tensors on a GPU.
+        losses: step, counted from 1, and mean nats per target token of that step's examples.
+        n_trainable: entries that could move.
+        n_moved: entries that did.
+    """
+
+    path: Path
+    n_steps: int
+    seconds: float
+    peak_bytes: int
+    losses: list[tuple[int, float]]
+    n_trainable: int
+    n_moved: int
+
+
+def tune(
+    model: nn.Module,
+    items: Sequence[Tokens],
+    options: TuneSection,
+    *,
+    output: Path,
+    seed: int,
+    pad_id: int,
+    precision: str,
+    device: str,
+    fingerprint: str,
+    name: str,
+    log: Log,
+) -> TuneResult:
+    """Train `model` in place; afterwards it holds the trained weights, reused results included.
+
+    The same call again continues from the newest valid checkpoint, or gives back what is finished,
+    and ends in the bytes of a run that was never stopped.
+
+    Args:
+        model: wrapped by peft, or bare with `requires_grad` set; trainable weights become fp32.
+        items: tokens and targets, used as they are.
+        options: the `tune` section of a recipe.
+        output: folder for `checkpoint-N` and, at the end, `adapter`.
+        seed: of dropout and of the order of examples.
+        pad_id: token id that fills up the rows of a batch.
+        precision: "float32", or "bfloat16" for autocast around each forward pass.
+        device: "cpu" or "cuda".
+        fingerprint: of everything else that the result depends on: base, pool, selection.
+        name: of the arm, for the log.
+        log: takes {"arm", "start", "n_steps"} once, {"arm", "step", "loss", "learning_rate",
+            "grad_norm"} after each step, and {"arm", "warning"} where something is worth reading.
+
+    Raises:
+        DataError: nothing to train on, or an example without a target.
+        ConfigError: nothing is trainable, or this machine cannot run it.
+        TrainingError: the loss or gradient is not finite, or no weight moved.
+        IncompatibleRunError: `output` holds the work of another run.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the current step and a cheap checkpoint.
+    """
+    _refuse_unusable(model, items, device)
+    for parameter in trainable(model).values():
+        # bf16 weights would round most updates away.
+        parameter.data = parameter.data.float()
+    identity = identify(
+        items,
+        options,
+        start=trainable_fingerprint(model),
+        fingerprint=fingerprint,
+        seed=seed,
+        pad_id=pad_id,
+        precision=precision,
+        device=device,
+    )
+    final = output / "adapter"
+    if files.is_complete(final, KIND):
+        return _reuse(model, final, identity)
+
+    batches = EpochBatches(
+        [len(item.input_ids) for item in items],
+        batch_size=options.batch_size,
+        accumulation=options.accumulation,
+        seed=seed,
+    )
+    every = options.save_every or batches.n_steps
+    checkpoints = Checkpoints(
+        output,
+        identity=identity,
+        keep=options.keep_checkpoints,
+        every=every,
+        warn=lambda text: log({"arm": name, "warning": text}),
+    )
+    newest = checkpoints.newest()
+    seconds = _stopwatch(0.0 if newest is None else newest.seconds)
+    before = snapshot(model)
+    n_trainable = sum(t.numel() for t in before.values())
+    interrupts = Interrupts()
+    watch = Watch(
+        name=name,
+        log=log,
+        checkpoints=checkpoints,
+        interrupts=interrupts,
+        is_cheap_to_save=_checkpoint_bytes(model, n_trainable) <= _CHEAP_BYTES,
+        seconds=seconds,
+    )
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    with _borrowed(model), interrupts:
+        arguments = _arguments(options, batches, output, seed, precision, device, every)
+        trainer = _build(options.trainer, model, items, arguments, watch, batches, pad_id)
+        trainer.train(resume_from_checkpoint=_path(newest))
+        history = cast("list[dict[str, Any]]", trainer.state.log_history)
+        n_steps, is_done = trainer.state.global_step, not interrupts.is_asked
+    if not is_done:
+        raise KeyboardInterrupt
+    n_moved = count_moved(model, before)
+    if n_moved == 0:
+        raise TrainingError(
+            f"none of the {n_trainable:,} trainable weights moved in {n_steps} steps",
+            where=name,
+            why="the adapter would be the base model",
+            do="raise tune.learning_rate or tune.epochs, or lower tune.warmup_ratio",
+        )
+    result = TuneResult(
+        path=final,
+        n_steps=n_steps,
+        seconds=seconds(),
+        peak_bytes=_peak_bytes(device),
+        losses=[(int(row["step"]), float(row["loss"])) for row in history if "loss" in row],
+        n_trainable=n_trainable,
+        n_moved=n_moved,
+    )
+    _save(model, result, identity)
+    checkpoints.finish(n_steps)
+    return result
+
+
+def _refuse_unusable(model: nn.Module, items: Sequence[Tokens], device: str) -> None:
+    empty = [item.id for item in items if not item.is_target[1:].any()]
+    if not items or empty:
+        raise DataError(
+            "there is no example to train on"
+            if not items
+            else f"{len(empty)} of {len(items)} examples have no target token",
+            where="example " + ", ".join(empty[:5]) if empty else "tune",
+            why="a loss is a mean over target tokens",
+            do="raise select.budget or data.max_length",
+        )
+    if not trainable(model):
+        raise ConfigError(
+            "no weight of the model is trainable",
+            where="adapter",
+            do="add an adapter, or unfreeze some layers",
+        )
+    if device != "cpu" and torch.cuda.device_count() > 1:
+        raise ConfigError(
+            f"{torch.cuda.device_count()} GPUs are visible, and one is used",
+            where="model.device",
+            why="the Trainer would split each batch over all of them in one process",
+            do="set CUDA_VISIBLE_DEVICES to one of them",
+        )
+
+
+def _arguments(
+    options: TuneSection,
+    batches: EpochBatches,
+    output: Path,
+    seed: int,
+    precision: str,
+    device: str,
+    every: int,
+) -> TrainingArguments:
+    n_steps = batches.n_steps * options.epochs
+    common: dict[str, Any] = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.accumulation,
+        "num_train_epochs": options.epochs,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": options.scheduler,
+        # A rate that only rises would leave a run of one step with a rate of 0.
+        "warmup_steps": min(math.ceil(options.warmup_ratio * n_steps), n_steps - 1),
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
+        "optim": options.optimizer,
+        "logging_steps": 1,
+        # True would replace a NaN by the mean so far.
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": device == "cpu",
+        "bf16": precision == "bfloat16",
+        "activation_checkpointing": False,
+        "seed": seed,
+        "data_seed": seed,
+        "dataloader_pin_memory": device != "cpu",
+        "remove_unused_columns": False,
+    }
+    if options.trainer == "trl":
+        from selectune.training.trl_arm import sft_arguments
+
+        return sft_arguments(common)
+    return TrainingArguments(**common)
+
+
+def _build(
+    trainer: str,
+    model: nn.Module,
+    items: Sequence[Tokens],
+    arguments: TrainingArguments,
+    watch: Watch,
+    batches: EpochBatches,
+    pad_id: int,
+) -> TransformersArm:
+    common: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "data_collator": Collate(items, pad_id),
+        "callbacks": [watch],
+        "batches": batches,
+    }
+    indices = list(range(len(items)))
+    if trainer != "trl":
+        return TransformersArm(train_dataset=indices, **common)
+    from datasets import Dataset
+
+    from selectune.training.trl_arm import TrlArm
+
+    return TrlArm(train_dataset=Dataset.from_dict({"index": indices}), **common)
+
+
+def _save(model: nn.Module, result: TuneResult, identity: dict[str, Any]) -> None:
+    meta = {
+        "identity": identity,
+        "n_steps": result.n_steps,
+        "n_trainable": result.n_trainable,
+        "n_moved": result.n_moved,
+        "seconds": result.seconds,
+        "peak_bytes": result.peak_bytes,
+    }
+    with files.staged(result.path, kind=KIND, meta=meta) as stage:
+        save_weights(model, stage.path)
+        stage.write_json("losses.json", [list(pair) for pair in result.losses])
+
+
+def _reuse(model: nn.Module, path: Path, identity: dict[str, Any]) -> TuneResult:
+    opened = files.open_dir(path, kind=KIND)
+    meta = cast("dict[str, Any]", opened.meta)
+    refuse_other(meta["identity"], identity, where=path)
+    for file in sorted(path.glob("*.safetensors")):
+        load_weights(model, opened.read_tensors(file.name))
+    losses = cast("list[tuple[int, float]]", opened.read_json("losses.json"))
+    return TuneResult(
+        path=path,
+        n_steps=meta["n_steps"],
+        seconds=meta["seconds"],
+        peak_bytes=meta["peak_bytes"],
+        losses=[(step, loss) for step, loss in losses],
+        n_trainable=meta["n_trainable"],
+        n_moved=meta["n_moved"],
+    )
+
+
+@contextmanager
+def _borrowed(model: nn.Module) -> Iterator[None]:
+    """Give the model back as it came: accelerate and trl replace `forward` for good."""
+    modules = [m for m in model.modules()]
+    before = {id(m): m.__dict__.get("forward") for m in modules}
+    was_training = model.training
+    try:
+        yield
+    finally:
+        for module in modules:
+            forward = before[id(module)]
+            if module.__dict__.get("forward") is not forward:
+                del module.__dict__["forward"]
+                if forward is not None:
+                    module.__dict__["forward"] = forward
+        model.train(was_training)
+
+
+def _stopwatch(already: float) -> Callable[[], float]:
+    start = time.perf_counter()
+    return lambda: already + time.perf_counter() - start
+
+
+def _path(checkpoint: Checkpoint | None) -> str | None:
+    return None if checkpoint is None else str(checkpoint.path)
+
+
+def _checkpoint_bytes(model: nn.Module, n_trainable: int) -> int:
+    """Bound what a checkpoint takes: the weights, and two moments for each trained one."""
+    from peft import PeftModel
+
+    weights = 4 * n_trainable
+    if not isinstance(model, PeftModel):
+        weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return weights + 8 * n_trainable
+
+
+def _peak_bytes(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

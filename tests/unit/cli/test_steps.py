@@ -1,0 +1,41 @@
+"""Each verb takes its own step of a run, with the recipe and the overrides it was given."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selectune.cli import main
+
+STEPS = ["plan", "score", "select", "tune", "evaluate", "report"]
+
+
+@pytest.mark.parametrize(("verb", "step"), [*zip(STEPS, STEPS, strict=True), ("run", "all")])
+def test_a_verb_takes_its_step(
+    verb: str, step: str, recipe: str, steps: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, recipe, "tune.epochs=2", "output=elsewhere"]) == 0
+    [(called, out, loaded)] = steps.calls
+    assert (called, out, loaded.tune.epochs) == (step, Path("elsewhere"), 2)
+    assert capfd.readouterr().out == f"{step} is done\nreport: elsewhere/report.html\n"
+
+
+def test_compare_runs_the_matrix(
+    recipe: str, steps: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", recipe, "matrix.methods=[gist, full]"]) == 0
+    [(called, out, loaded)] = steps.calls
+    assert (called, out, loaded.matrix.methods) == ("compare", Path("runs/demo"), ["gist", "full"])
+    assert capfd.readouterr().out.startswith("compare is done\n")
+
+
+def test_demo_runs_the_shipped_recipe(
+    recipe: str, steps: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo"]) == 0
+    assert main(["demo", "--quick", "seed=3"]) == 0
+    [(_, whole_out, whole), (_, quick_out, quick)] = steps.calls
+    assert (whole.model.base, whole.data.pool, whole.tune.epochs) == ("demo:model", "demo:pool", 4)
+    assert (quick.data.pool, quick.tune.epochs, quick.seed) == ("demo:pool/30", 1, 3)
+    assert whole_out != quick_out  # the quick one must not resume from the whole one
+    assert "report.html" in capfd.readouterr().out
