@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from packaging.requirements import Requirement
+
 State = Literal["ok", "note", "problem"]
 
 # Gradients of one example, in a batch and alone, agree to rounding in fp32; a backend that is off
@@ -162,8 +164,6 @@ def gradient_noise(n_examples: int = 6, seed: int = 0) -> float:
 
 
 def _versions() -> Iterator[Fact]:
-    from packaging.requirements import Requirement
-
     yield Fact("python", platform.python_version())
     try:
         texts = metadata.requires("selectune") or []
@@ -179,55 +179,62 @@ def _versions() -> Iterator[Fact]:
         yield Fact("selectune", metadata.version("selectune"))
     for text in texts:
         need = Requirement(text)
-        is_extra = need.marker is not None and not need.marker.evaluate({"extra": ""})
-        try:
-            found = metadata.version(need.name)
-        except metadata.PackageNotFoundError:
-            if not is_extra:
-                yield Fact(need.name, "missing", "problem", f"pip install '{need.name}'")
-            continue
-        if not need.specifier or need.specifier.contains(found, prereleases=True):
-            yield Fact(need.name, found + (f" (tested {need.specifier})" * bool(need.specifier)))
+        if need.marker is not None and need.marker.evaluate({"extra": "dev"}):
+            continue  # what only developers of selectune need
+        if need.marker is None or need.marker.evaluate({"extra": ""}):
+            yield _version(need, "missing", "problem")
         else:
-            yield Fact(
-                need.name,
-                f"{found}, outside the tested {need.specifier}",
-                "note",
-                f"pip install '{need.name}{need.specifier}'",
-            )
+            yield _version(need, "not installed (optional)", "ok")
+
+
+def _version(need: Requirement, absent: str, state: State) -> Fact:
+    tested = ",".join(sorted(map(str, need.specifier), reverse=True))
+    wanted = f"pip install '{need.name}{tested}'"
+    try:
+        found = metadata.version(need.name)
+    except metadata.PackageNotFoundError:
+        return Fact(need.name, absent, state, wanted if state == "problem" else "")
+    if not tested:
+        return Fact(need.name, found)
+    if need.specifier.contains(found, prereleases=True):
+        return Fact(need.name, f"{found} (tested {tested})")
+    return Fact(need.name, f"{found}, outside the tested {tested}", "note", wanted)
 
 
 def _device() -> Iterator[Fact]:
     import torch
 
-    if torch.cuda.is_available():
-        card = cast(Any, torch.cuda.get_device_properties(0))  # pyright: ignore[reportUnknownMemberType]
+    from selectune.models import choose_device, choose_precision, cpu_has_fast_bf16
+
+    device = choose_device("auto")
+    precision = choose_precision("auto", device)
+    if device.type == "cuda":
+        card = cast(Any, torch.cuda.get_device_properties(device))  # pyright: ignore[reportUnknownMemberType]
         yield Fact("device", f"cuda: {card.name}, {card.total_memory / _GIB:.0f} GiB")
-        fits = torch.cuda.is_bf16_supported(including_emulation=False)
-        why = "the card computes in it" if fits else "the card only emulates bfloat16"
-        yield Fact("model.dtype auto", f"{'bfloat16' if fits else 'float32'}: {why}")
-        return
-    yield Fact("device", f"cpu: {_cpu_name()}")
-    flags = sorted({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
-    speed = _bf16_speed()
+        in_hardware = torch.cuda.is_bf16_supported()
+    else:
+        yield Fact("device", f"cpu: {_cpu_name()}")
+        in_hardware = cpu_has_fast_bf16()
+    share = _bf16_share(device.type)
     yield Fact(
         "bfloat16",
-        f"{'in hardware (' + ', '.join(flags) + ')' if flags else 'not in hardware'}; "
-        f"a matrix product takes {1 / speed:.2f} of its float32 time",
+        f"{'in hardware' if in_hardware else 'not in hardware'}; "
+        f"a matrix product takes {share:.2f} of its float32 time",
     )
-    why = "the processor computes in it" if flags else "the processor emulates bfloat16"
-    yield Fact("model.dtype auto", f"{'bfloat16' if flags else 'float32'}: {why}")
+    why = "fast here, and half the memory" if precision == "bfloat16" else "bfloat16 is emulated"
+    yield Fact("model.dtype auto", f"{precision}: {why}")
 
 
-def _bf16_speed() -> float:
-    """Return how many times faster a bf16 matrix product is than an fp32 one, here and now."""
+def _bf16_share(device: str) -> float:
+    """Return the time of a bf16 matrix product as a share of the fp32 one's, here and now."""
     import torch
 
     def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(512, 512, dtype=dtype)
-        return min(_timed(lambda: a @ a) for _ in range(5))
+        a = torch.ones(512, 512, dtype=dtype, device=device)
+        # `item` waits until a GPU has really computed.
+        return min(_timed(lambda: (a @ a)[0, 0].item()) for _ in range(20))
 
-    return seconds(torch.float32) / seconds(torch.bfloat16)
+    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -316,8 +323,3 @@ def _cpu_info() -> str:
 def _cpu_name() -> str:
     found = re.search(r"^model name\s*:\s*(.*)$", _cpu_info(), re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> set[str]:
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", _cpu_info(), re.MULTILINE)
-    return set(found[1].split()) if found else set()

@@ -15,7 +15,13 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from selectune.errors import (
@@ -25,6 +31,7 @@ from selectune.errors import (
     SelectionError,
     nearest,
 )
+from selectune.files import open_dir
 from selectune.recipe import AdapterSection, ModelSection
 
 
@@ -119,8 +126,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def context_length(section: ModelSection) -> int | None:
-    """Return the number of positions that the model was made for, None where it does not say.
+def load_config(section: ModelSection) -> PretrainedConfig:
+    """Load a model's configuration, without its weights.
 
     Raises:
         ConfigError: there is no such model.
@@ -129,7 +136,16 @@ def context_length(section: ModelSection) -> int | None:
         config = AutoConfig.from_pretrained(section.base, revision=section.revision)
     except (OSError, ValueError) as error:
         raise _no_model(section, error) from error
-    return config.to_dict().get("max_position_embeddings")
+    return cast("PretrainedConfig", config)
+
+
+def context_length(section: ModelSection) -> int | None:
+    """Return the number of positions that the model was made for, None where it does not say.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    return load_config(section).to_dict().get("max_position_embeddings")
 
 
 def _no_model(section: ModelSection, error: Exception) -> ConfigError:
@@ -309,3 +325,19 @@ def _other_base(folder: Path, why: str) -> IncompatibleRunError:
 def trainable_fingerprint(model: nn.Module) -> str:
     """Return the fingerprint of what is trainable in a model."""
     return fingerprint({n: p for n, p in model.named_parameters() if p.requires_grad})
+
+
+def load_tuned(base: Base, path: Path) -> nn.Module:
+    """Return the base with what `tune` saved: an adapter on it, or the whole model in its place.
+
+    Raises:
+        CorruptFileError: the folder is not what its manifest says.
+        IncompatibleRunError: the adapter was made for another base.
+    """
+    opened = open_dir(path, kind="adapter")
+    if "adapter_config.json" in opened.names:
+        return load_adapter(base, path)
+    for name in opened.names:
+        if name.endswith(".safetensors"):
+            base.model.load_state_dict(opened.read_torch(name), strict=False)
+    return base.model

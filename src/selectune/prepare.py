@@ -44,14 +44,13 @@ def resolve(recipe: Recipe) -> Assets:
         ConfigError: an unknown demo name, or held-out tasks that are no target tasks.
         StorageError: the demo's parts cannot be fetched.
     """
-    fetched: list[DemoAssets] = []
 
     def path(name: str) -> str:
         if not name.startswith(DEMO):
             return name
-        if not fetched:
-            fetched.append(demo_assets())
-        known = _demo_names(fetched[0])
+        # "demo:pool/30" asks for 30 pool examples per task.
+        name, _, size = name.partition("/") if name.startswith(f"{DEMO}pool/") else (name, "", "")
+        known = _demo_names(demo_assets(n_pool=int(size)) if size.isdigit() else demo_assets())
         if name not in known:
             raise ConfigError(
                 f'"{name}" is no part of the demo', where="recipe", do=nearest(name, known)
@@ -147,11 +146,11 @@ def read_data(data: DataSection) -> Prepared:
     dropped: dict[str, str] = {}
     repeats = duplicates(pool)
     if repeats.n and data.duplicates == "drop":
-        dropped |= {i: f"equals the earlier row {first}" for i, first in repeats.copies.items()}
+        dropped |= {i: f"equals the earlier row {first}" for i, first in repeats.matches.items()}
     if repeats.n:
         verb = "dropped" if data.duplicates == "drop" else "kept"
         notes.append(f"{repeats.n} pool rows equal an earlier one: {verb}")
-    leaks = leakage(pool, _all(targets), _all(heldout))
+    leaks = leakage(pool, targets, heldout)
     if leaks.n and data.leakage == "error":
         raise DataError(
             f"{leaks.n} pool rows equal a target or held-out row",
@@ -164,7 +163,7 @@ def read_data(data: DataSection) -> Prepared:
         notes.append(f"{leaks.n} pool rows equal a target or held-out row: {verb}")
     if data.leakage == "drop":
         dropped |= {i: f"leak: equals {other}" for i, other in leaks.matches.items()}
-    both = leakage(_all(targets), [], _all(heldout))
+    both = leakage(_all(targets), {}, heldout)
     if both.n:
         notes.append(f"{both.n} target rows equal a held-out row: the evaluation is tainted")
     candidates = tuple(e for e in pool if e.id not in dropped)

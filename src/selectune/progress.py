@@ -8,6 +8,7 @@ Advance = Callable[[int], None]
 
 
 @runtime_checkable
+@runtime_checkable
 class Progress(Protocol):
     """Where the steps of a run report to."""
 

@@ -6,16 +6,14 @@ Name, type, range, default and meaning of a key stand once, in the sections belo
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from selectune import recipe_words as words
+from selectune import registry
 from selectune.errors import ConfigError, nearest
 from selectune.recipe_file import Tree, dump_yaml, read_tree
-
-if TYPE_CHECKING:
-    from selectune.registry import Entry
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -368,10 +366,8 @@ def _contradictions(recipe: Recipe, tree: Tree) -> list[ConfigError]:
 
 def _unknown_methods(recipe: Recipe, tree: Tree) -> list[ConfigError]:
     """Return the method names and options that the registry does not know."""
-    # Importing the method files takes numpy and pyarrow along: not before a recipe is read.
-    from selectune import registry
-
     found: list[ConfigError] = []
+    # This imports the method files, and with them numpy and pyarrow: not before it is needed.
     scorers = [entry.name for entry in registry.methods("data_scorer")]
 
     def check(path: words.Path, name: str, options: dict[str, Any] | None) -> None:
@@ -407,7 +403,7 @@ def _unknown_methods(recipe: Recipe, tree: Tree) -> list[ConfigError]:
 
 
 def _wrong_options(
-    entry: "Entry", options: dict[str, Any], path: words.Path, tree: Tree
+    entry: registry.Entry, options: dict[str, Any], path: words.Path, tree: Tree
 ) -> list[ConfigError]:
     """Return what is wrong with the options of one method, each by its own key."""
     home = (*path[:-1], "options")

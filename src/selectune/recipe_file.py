@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise _Refused(mark, f"nesting deeper than {MAX_DEPTH} levels", "flatten it")
-        node = super().compose_node(parent, index)
+        node = super().compose_node(parent, cast(int, index))
         self.depth -= 1
         return node
 

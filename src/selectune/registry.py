@@ -43,8 +43,10 @@ class Entry:
 
     @property
     def summary(self) -> str:
-        """The first line of the method's file."""
-        return self._document().strip().split("\n", 1)[0]
+        """The first line of the method's file; of its function where a file holds several."""
+        own = self.function.__doc__ or ""
+        text = own if self.family == "selection_rule" else self._document()
+        return text.strip().split("\n", 1)[0]
 
     @property
     def paper(self) -> str:

@@ -1,5 +1,6 @@
 """The doctor finds what is wrong with a machine, and stays silent about what is right."""
 
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from selectune import doctor as subject
+from selectune.data.collate import Batch
 from selectune.doctor import Doctor, Fact, doctor, gradient_noise
 from selectune.gradients import engine
+from selectune.gradients.kernels import DenseRows, Rows
 
 
 def facts(found: Doctor) -> dict[str, Fact]:
@@ -22,15 +25,13 @@ def test_gradients_of_a_batch_equal_those_of_one_to_rounding() -> None:
 def test_gradient_noise_sees_mixed_up_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     run = engine.GradientEngine.run
 
-    def reversed_run(self: engine.GradientEngine, batch: object, consume: object) -> torch.Tensor:
-        class Reversed:
-            def __init__(self, rows: object) -> None:
-                self.rows = rows
+    def reversed_run(
+        self: engine.GradientEngine, batch: Batch, consume: Callable[[str, Rows], None]
+    ) -> torch.Tensor:
+        def consume_reversed(name: str, rows: Rows) -> None:
+            consume(name, DenseRows(rows.dense().flip(0)))
 
-            def dense(self) -> torch.Tensor:
-                return self.rows.dense().flip(0)
-
-        return run(self, batch, lambda name, rows: consume(name, Reversed(rows)))
+        return run(self, batch, consume_reversed)
 
     monkeypatch.setattr(engine.GradientEngine, "run", reversed_run)
     assert gradient_noise() > subject.NOISE_LIMIT
@@ -50,7 +51,13 @@ def test_a_doctor_tells_everything_it_looked_at(tmp_path: Path) -> None:
 
 
 def test_a_version_outside_the_tested_range_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs = ["torch<2", "numpy>=1", "no-such-part>=1", "no-such-extra; extra == 'trl'"]
+    needs = [
+        "torch<2",
+        "numpy<99,>=1",
+        "no-such-part>=1",
+        "no-such-extra; extra == 'trl'",
+        "no-such-tool; extra == 'dev'",
+    ]
     monkeypatch.setattr(subject.metadata, "requires", lambda name: needs)
     version = metadata.version
     monkeypatch.setattr(
@@ -58,9 +65,10 @@ def test_a_version_outside_the_tested_range_is_noted(monkeypatch: pytest.MonkeyP
     )
     told = {fact.name: fact for fact in subject._versions()}
     assert (told["torch"].state, told["torch"].advice) == ("note", "pip install 'torch<2'")
-    assert told["numpy"].state == "ok"
+    assert told["numpy"].value.endswith("(tested >=1,<99)")
     assert told["no-such-part"].state == "problem"
-    assert "no-such-extra" not in told
+    assert told["no-such-extra"].state == "ok"
+    assert "no-such-tool" not in told
 
 
 def test_a_noisy_machine_is_a_problem() -> None:

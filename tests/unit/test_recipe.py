@@ -46,13 +46,12 @@ def leaf_keys() -> list[str]:
     return [key for key, *_ in describe() if key != "matrix"]
 
 
-def set_key(tree: Any, key: str, value: object, rename: str | None = None) -> None:
+def set_key(tree: dict[str, Any], key: str, value: object, rename: str | None = None) -> None:
     """Set or rename one dotted key, the slow and obvious way."""
     *parents, last = key.split(".")
     for name in parents:
-        tree = tree.setdefault(name.removesuffix("[]"), {})
-        if name.endswith("[]"):
-            tree = tree[1]
+        below = tree.setdefault(name.removesuffix("[]"), {})
+        tree = below[1] if name.endswith("[]") else below
     tree.pop(last, None)
     tree[rename or last] = value
 
@@ -244,7 +243,7 @@ def test_what_is_no_recipe_is_called_so(tmp_path: Path, text: bytes, what: str) 
 
 
 @given(raw=st.one_of(st.binary(max_size=200), st.text("abm:-[]{}&*!|>'\"#\n\t 1e.~", max_size=80)))
-@settings(max_examples=300, deadline=None, suppress_health_check=ANY_FOLDER)
+@settings(max_examples=200, deadline=None, suppress_health_check=ANY_FOLDER)
 def test_no_bytes_raise_anything_but_our_error(tmp_path: Path, raw: bytes | str) -> None:
     try:
         load(tmp_path, raw if isinstance(raw, bytes) else raw.encode())
@@ -293,7 +292,7 @@ def test_changed_is_checked_like_a_file(tmp_path: Path) -> None:
     recipe = load(tmp_path, SMALL)
     assert recipe.changed({"tune.epochs": 1, "seed": 3}).tune.epochs == 1
     assert recipe.tune.epochs == 4
-    with pytest.raises(ConfigError, match="tune.epochs cannot be 0"):
+    with pytest.raises(ConfigError, match=r"tune\.epochs cannot be 0"):
         recipe.changed({"tune.epochs": 0})
 
 
@@ -359,7 +358,7 @@ recipes = st.fixed_dictionaries(
 
 
 @given(changes=recipes)
-@settings(max_examples=100, deadline=None, suppress_health_check=ANY_FOLDER)
+@settings(max_examples=40, deadline=None, suppress_health_check=ANY_FOLDER)
 def test_resolved_yaml_replays_the_recipe(tmp_path: Path, changes: dict[str, Any]) -> None:
     tree: dict[str, Any] = {"output": "o", "model": {}, "data": {"target": "t"}}
     for key, value in changes.items():

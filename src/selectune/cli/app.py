@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated
 
@@ -28,6 +29,8 @@ _QUIET_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 
+_PACKAGE = Path(__file__).parents[1]
+
 app = typer.Typer(
     name="selectune",
     help="Fine-tune a language model on the part of the data that helps your task.",
@@ -45,10 +48,11 @@ grid.add_to(app)
 tools.add_to(app)
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"selectune {tools.version()}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -123,10 +127,10 @@ def _report_our_bug(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """Say in three lines that something broke which no error of ours foresees."""
-    last = trace
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    place = f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last else "unknown"
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace)]
+    # The deepest of our own lines says more than the library's line below it.
+    ours = [(file, line) for file, line in frames if Path(file).is_relative_to(_PACKAGE)]
+    place = ":".join(map(str, (ours or frames or [("unknown", 0)])[-1]))
     text = " ".join(str(error).split())
     advice = "the same command with --debug shows the traceback; please report it"
     if isinstance(error, MemoryError):

@@ -40,8 +40,10 @@ def rate(per_second: float) -> str:
 def duration(seconds: float) -> str:
     """Return a time as a person says it: 8 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+        return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
@@ -97,6 +99,7 @@ class Bars:
             yield advance
         finally:
             self._bars.remove_task(bar)
+            self._bars.refresh()  # or the next line printed would draw the old bar once more
         seconds = time.monotonic() - start
         counted = f": {done} {unit}" if done else ""
         speed = f" ({rate(done / seconds)} {unit}/s)" if done and seconds > 1 else ""

@@ -1,7 +1,6 @@
 """The verb for many runs: compare."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,9 +15,7 @@ from selectune.cli.shell import (
     perform,
 )
 from selectune.errors import ConfigError
-
-if TYPE_CHECKING:
-    from selectune.progress import Progress
+from selectune.progress import Progress
 
 
 def add_to(app: typer.Typer) -> None:
@@ -46,7 +43,7 @@ def compare(
             do=f"add matrix.methods, such as [gist, length], or selectune run {path}",
         )
 
-    def action(progress: "Progress") -> Result:
+    def action(progress: Progress) -> Result:
         from selectune import compare as grid
 
         return grid.compare(loaded, out=Path(loaded.output), progress=progress)

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
 import typer
 
-from selectune.errors import ConfigError
+from selectune.errors import ConfigError, nearest
 from selectune.progress import Progress, Silent
 
 RecipeArgument = Annotated[
@@ -30,7 +30,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+AllowOption = Annotated[
+    str,
+    typer.Option(
+        metavar="KEY[,KEY...]",
+        help="Keys or sections that may differ from the run already there; data: changed files.",
+        show_default=False,
+    ),
+]
 
+
+@runtime_checkable
 class Result(Protocol):
     """What a verb finds out."""
 
@@ -59,6 +69,29 @@ def need_recipe(recipe: str | None, verb: str) -> Path:
         do=f"selectune {verb} {beside[0] if beside else 'recipe.yaml'}"
         + ("" if beside else " (`selectune demo` runs a recipe that ships with selectune)"),
     )
+
+
+def read_allow(text: str) -> tuple[str, ...]:
+    """Return the keys that --allow names.
+
+    Raises:
+        ConfigError: a name is no key and no section of a recipe.
+    """
+    from selectune.recipe import describe
+
+    keys = [key for key, *_ in describe()]
+    known = {*keys, *(key.split(".", 1)[0] for key in keys)}
+    allowed = tuple(key.strip() for key in text.split(",") if key.strip())
+    for key in allowed:
+        # Below a key stand the names that a user gives, as in data.target.csqa.
+        if key not in known and not any(key.startswith(f"{k}.") for k in keys):
+            raise ConfigError(
+                f'"{key}" is no key of a recipe',
+                where=f"command line, --allow {text}",
+                why="--allow takes keys or sections, with commas between them",
+                do=nearest(key, known),
+            )
+    return allowed
 
 
 def perform(action: Callable[[Progress], Result], *, as_json: bool, is_quiet: bool) -> Result:

@@ -1,11 +1,13 @@
 """The verbs of one run: all of it, or one step of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from selectune.cli.shell import (
+    AllowOption,
     DebugOption,
     JsonOption,
     OverridesArgument,
@@ -14,14 +16,12 @@ from selectune.cli.shell import (
     Result,
     need_recipe,
     perform,
+    read_allow,
 )
+from selectune.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from selectune.run import Run
-
-    from selectune.progress import Progress
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,96 +33,105 @@ def add_to(app: typer.Typer) -> None:
 def plan(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Say what a run would do and what it would cost."""
-    _step("plan", lambda run: run.plan(), recipe, overrides, as_json, quiet)
+    _step("plan", lambda run: run.plan(), recipe, overrides, allow, as_json, quiet)
 
 
 def score(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Score every example of the pool."""
-    _step("score", lambda run: run.score(), recipe, overrides, as_json, quiet)
+    _step("score", lambda run: run.score(), recipe, overrides, allow, as_json, quiet)
 
 
 def select(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Choose examples by their scores, with reasons."""
-    _step("select", lambda run: run.select(), recipe, overrides, as_json, quiet)
+    _step("select", lambda run: run.select(), recipe, overrides, allow, as_json, quiet)
 
 
 def tune(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Tune an adapter on the choice and one per control."""
-    _step("tune", lambda run: run.tune(), recipe, overrides, as_json, quiet)
+    _step("tune", lambda run: run.tune(), recipe, overrides, allow, as_json, quiet)
 
 
 def evaluate(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Compare adapters and base on held-out examples."""
-    _step("evaluate", lambda run: run.evaluate(), recipe, overrides, as_json, quiet)
+    _step("evaluate", lambda run: run.evaluate(), recipe, overrides, allow, as_json, quiet)
 
 
 def run(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Do all of it; the same command again goes on where it stopped."""
-    _step("run", lambda run: run.all(), recipe, overrides, as_json, quiet)
+    _step("run", lambda run: run.all(), recipe, overrides, allow, as_json, quiet)
 
 
 def report(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Write the report of a run, one HTML page."""
-    _step("report", lambda run: run.report(), recipe, overrides, as_json, quiet)
+    _step("report", lambda run: run.report(), recipe, overrides, allow, as_json, quiet)
 
 
 def _step(
     verb: str,
-    step: "Callable[[Run], Result]",
+    step: Callable[["Run"], Result],
     recipe: str | None,
     overrides: list[str] | None,
+    allow: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
     from selectune.recipe import load_recipe
 
     loaded = load_recipe(need_recipe(recipe, verb), overrides or ())
+    allowed = read_allow(allow)
 
-    def action(progress: "Progress") -> Result:
+    def action(progress: Progress) -> Result:
         # Imported only now: a wrong recipe is told in half a second, torch takes longer.
         from selectune.run import Run
 
-        return step(Run(loaded, out=Path(loaded.output), progress=progress))
+        return step(Run(loaded, out=Path(loaded.output), allow=allowed, progress=progress))
 
     perform(action, as_json=as_json, is_quiet=quiet)

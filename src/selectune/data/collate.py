@@ -66,7 +66,7 @@ def collate(
         input_ids[row, place] = item.input_ids
         attention_mask[row, place] = 1
         labels[row, place] = np.where(item.is_target, item.input_ids, NO_LOSS)
-    tensors = (torch.from_numpy(a).to(device) for a in (input_ids, attention_mask, labels))
+    tensors = (torch.as_tensor(a, device=device) for a in (input_ids, attention_mask, labels))
     return Batch(tuple(item.id for item in items), *tensors)
 
 
@@ -87,12 +87,13 @@ def length_sorted_batches(
         Indices into `lengths`, each in exactly one batch, the longest first: when memory does not
         suffice, that shows at once. Ties stand in their given order.
     """
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
+    widths: list[int] = np.maximum(1, np.asarray(lengths, dtype=np.int64)).tolist()
+    order = sorted(range(len(widths)), key=lambda k: -widths[k])  # stable: ties stay in order
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
         # The first example is the longest of its batch, so its length is the batch's width.
-        fits = max(1, token_budget // max(1, int(lengths[order[start]])))
+        fits = max(1, token_budget // widths[order[start]])
         size = fits if max_examples is None else min(fits, max(1, max_examples))
         batches.append(order[start : start + size])
         start += size

@@ -66,11 +66,13 @@ class ExampleSet(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> "ExampleSet": ...
     def __getitem__(self, index: int | slice) -> "Example | ExampleSet":
+        """Return one example, or a set of some of them with the ids they have here."""
         if isinstance(index, slice):
             return ExampleSet(self.items[index], self.form)
         return self.items[index]
 
     def __len__(self) -> int:
+        """Return the number of examples."""
         return len(self.items)
 
     @property

@@ -51,9 +51,11 @@ class Tokenized(Sequence[Tokens]):
     @overload
     def __getitem__(self, index: slice) -> tuple[Tokens, ...]: ...
     def __getitem__(self, index: int | slice) -> Tokens | tuple[Tokens, ...]:
+        """Return one item or several."""
         return self.items[index]
 
     def __len__(self) -> int:
+        """Return the number of items."""
         return len(self.items)
 
     @cached_property
@@ -102,12 +104,12 @@ def tokenize(
     n_truncated = 0
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
-        for example, (ids, mask) in zip(chunk, _encode(chunk, tokenizer, prefix, eos), strict=True):
+        for example, (ids, mask) in zip(
+            chunk, _encode(chunk, tokenizer, prefix, eos, loss_on), strict=True
+        ):
             n_truncated += len(ids) > max_length
             input_ids = np.array(ids[:max_length], dtype=np.int64)
             is_target = np.array(mask[:max_length], dtype=bool)
-            if loss_on == "all":
-                is_target[:] = True
             is_target[:1] = False
             if is_target.any():
                 items.append(Tokens(example.id, input_ids, is_target))
@@ -146,7 +148,7 @@ def option_tokens(
             raise DataError(
                 f"option {k} of {example.id} has no token to judge it by",
                 where=example.origin,
-                why=f"the tokenizer makes nothing of {example.options[k]!r}, or the prompt is empty",
+                why=f"the prompt is empty, or the tokenizer ignores {example.options[k]!r}",
             )
         result.append(Tokens(f"{example.id}#{k}", input_ids, is_target))
     return result
@@ -173,7 +175,8 @@ def preview(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[st
 
 
 def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return cast(str, tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # pyright: ignore[reportUnknownMemberType]
+    return cast(str, text)
 
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -222,7 +225,8 @@ def _encode_pairs(
     """
     unique = list(dict.fromkeys(prompts))
     prompt_ids = dict(zip(unique, _call(unique, tokenizer)["input_ids"], strict=True))
-    joint = _call((p + c for p, c in zip(prompts, completions, strict=True)), tokenizer)["input_ids"]
+    whole = (p + c for p, c in zip(prompts, completions, strict=True))
+    joint = _call(whole, tokenizer)["input_ids"]
     result: list[tuple[list[int], int]] = []
     apart: list[int] = []
     for k, (prompt, ids) in enumerate(zip(prompts, joint, strict=True)):
@@ -242,6 +246,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     prefix: list[int],
     eos: int | None,
+    loss_on: LossOn,
 ) -> list[tuple[list[int], list[bool]]]:
     """Return ids and targets of each example, untruncated."""
     done: dict[int, tuple[list[int], list[bool]]] = {}
@@ -267,16 +272,19 @@ def _encode(
         done[k] = whole, [False] * n_before + [True] * (len(whole) - n_before)
 
     chats = [k for k, example in enumerate(examples) if "messages" in example.content]
-    done.update(zip(chats, _encode_chats([examples[k] for k in chats], tokenizer), strict=True))
-    return [done[k] for k in range(len(examples))]
+    find_turns = loss_on == "completion"
+    encoded_chats = _encode_chats([examples[k] for k in chats], tokenizer, find_turns=find_turns)
+    done.update(zip(chats, encoded_chats, strict=True))
+    in_order = [done[k] for k in range(len(examples))]
+    return in_order if find_turns else [(ids, [True] * len(ids)) for ids, _ in in_order]
 
 
 def _encode_chats(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, find_turns: bool
 ) -> list[tuple[list[int], list[bool]]]:
     if not examples:
         return []
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template:  # pyright: ignore[reportUnknownMemberType]
         raise DataError(
             "messages need a chat template, and this tokenizer has none",
             where=examples[0].origin,
@@ -289,7 +297,7 @@ def _encode_chats(
             why=f"{type(tokenizer).__name__} is a slow tokenizer without offsets",
             do="convert it to a fast one, or rewrite the data as prompt and completion",
         )
-    rendered = [_render(example, tokenizer) for example in examples]
+    rendered = [_render(example, tokenizer, find_turns=find_turns) for example in examples]
     encoding = _call([text for text, _ in rendered], tokenizer, offsets=True)
     result: list[tuple[list[int], list[bool]]] = []
     for (_, spans), ids, offsets in zip(
@@ -305,7 +313,7 @@ def _encode_chats(
 
 
 def _render(
-    example: Example, tokenizer: PreTrainedTokenizerBase
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, find_turns: bool
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the conversation as the model reads it, and the assistant's spans of characters.
 
@@ -315,7 +323,7 @@ def _render(
     messages: list[dict[str, str]] = example.content["messages"]
 
     def render(n: int, *, to_go_on: bool = False) -> str:
-        text = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(  # pyright: ignore[reportUnknownMemberType]
             messages[:n], tokenize=False, add_generation_prompt=to_go_on
         )
         return cast(str, text)
@@ -325,7 +333,7 @@ def _render(
     try:
         full = render(len(messages))
         for k, turn in enumerate(messages):
-            if turn["role"] != "assistant":
+            if turn["role"] != "assistant" or not find_turns:
                 continue
             opening, upto = render(k, to_go_on=True), render(k + 1)
             if not (upto.startswith(opening) and full.startswith(upto)):

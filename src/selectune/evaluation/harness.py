@@ -49,8 +49,17 @@ def run_lm_eval(
         DataError: a task file cannot be read.
     """
     lm_eval, huggingface, manager = _import_lm_eval()
-    known = manager.TaskManager()
-    wanted = [_task(task, known.all_tasks) for task in tasks]
+    files = {task: _read_task(task) for task in tasks if task.endswith((".yaml", ".yml"))}
+    # Indexing the thousands of tasks that lm-eval ships takes many seconds: only for a name.
+    known = manager.TaskManager(include_defaults=len(files) < len(tasks))
+    for task in tasks:
+        if task not in files and task not in known.all_tasks:
+            raise ConfigError(
+                f'lm-eval knows no task "{task}"',
+                where="evaluate.lm_eval",
+                do="`lm-eval ls tasks` lists them; a task of your own is a path ending in .yaml",
+            )
+    wanted = [files.get(task, task) for task in tasks]
     noisy = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -88,15 +97,7 @@ def _import_lm_eval() -> tuple[Any, Any, Any]:
     return package, huggingface, tasks
 
 
-def _task(task: str, known: Sequence[str]) -> str | dict[str, Any]:
-    if not task.endswith((".yaml", ".yml")):
-        if task not in known:
-            raise ConfigError(
-                f'lm-eval knows no task "{task}"',
-                where="evaluate.lm_eval",
-                do="`lm-eval ls tasks` lists them; a task of your own is a path ending in .yaml",
-            )
-        return task
+def _read_task(task: str) -> dict[str, Any]:
     try:
         content: Any = yaml.safe_load(Path(task).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

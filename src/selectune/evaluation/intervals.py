@@ -12,7 +12,7 @@ not examples make the difference, an interval from three covers less than its 95
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -54,7 +54,7 @@ class Interval:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return asdict(self)
 
 
 def compare_paired(
@@ -81,6 +81,16 @@ def compare_paired(
         DataError: the two did not answer the same examples, or none has options.
     """
     return compare_seeds([(a, b)], n_boot=n_boot, seed=seed, metric=metric)
+
+
+def mean_interval(
+    found: Evaluation, metric: Metric, *, n_boot: int = 10_000, seed: int = 0
+) -> Interval:
+    """Return one model's own mean, as a difference to zero, with its interval over examples."""
+    values = np.array(list(_column(found, metric).values()))
+    means = _crossed(values[None], np.random.default_rng(seed), n_boot)
+    low, high = np.percentile(means, _LEVELS)
+    return Interval(float(values.mean()), float(low), float(high), len(values), 1, metric)
 
 
 def compare_seeds(
@@ -140,8 +150,7 @@ def _differences(a: Evaluation, b: Evaluation, metric: Metric) -> tuple[list[str
 
 
 def _column(evaluation: Evaluation, metric: Metric) -> dict[str, float]:
-    table = evaluation.table
-    pairs = zip(table["id"].to_pylist(), table[metric].to_pylist(), strict=True)
+    pairs = zip(evaluation.column("id"), evaluation.column(metric), strict=True)
     return {id: float(value) for id, value in pairs if value is not None}
 
 

@@ -41,7 +41,7 @@ _ADVICE: Mapping[Code, tuple[str, ...]] = {
         "a random one; with very little kept, chance decides.",
         "Try another scorer: `selectune methods` lists them, `selectune compare` sets them side by "
         "side.",
-        "If the pool holds little that helps this task, random examples will do; they cost nothing.",
+        "If the pool holds little that helps this task, random examples will do, and cost nothing.",
     ),
     "worse_than_random": (
         "Read the best-scored examples in the report: if they are near-copies of each other, set "
@@ -139,11 +139,8 @@ def verdict(
             intervals[f"{name}/{metric}"] = interval
     code = _code(intervals.get("random/answer_loss"), intervals.get("base/answer_loss"))
     texts = [f"{_HEADLINES[code]}."]
-    texts += [
-        _sentence(name, intervals)
-        for name in ("random", "base")
-        if f"{name}/answer_loss" in intervals
-    ]
+    compared = [name for name in ("random", "base") if f"{name}/answer_loss" in intervals]
+    texts += [_sentence(name, intervals) for name in compared]
     return Verdict(" ".join(texts), code, _advice(code, intervals, len(arms)), intervals)
 
 
@@ -174,8 +171,8 @@ def _sentence(name: str, intervals: Mapping[str, Interval]) -> str:
     low, high = sorted((sign * loss.low, sign * loss.high))
     seeds = f", {loss.n_seeds} seeds" if loss.n_seeds > 1 else ""
     text = (
-        f"Against {other}, its answer loss is {abs(loss.mean_difference):.3f} nats per token {word} "
-        f"[{low:.3f}, {high:.3f}] ({loss.n} held-out examples{seeds})"
+        f"Against {other}, its answer loss is {abs(loss.mean_difference):.3f} nats per token "
+        f"{word} [{low:.3f}, {high:.3f}] ({loss.n} held-out examples{seeds})"
     )
     accuracy = intervals.get(f"{name}/correct_norm")
     if accuracy is None:
@@ -218,7 +215,7 @@ def _advice(code: Code, intervals: Mapping[str, Interval], n_seeds: int) -> list
         )
     if n_seeds == 1 and code in ("better_than_random", "worse_than_random"):
         advice.append(
-            "This is one seed: the interval knows the noise of the questions, not that of training. "
-            "`selectune compare` repeats it over several."
+            "This is one seed: the interval knows the noise of the questions, not that of "
+            "training. `selectune compare` repeats it over several."
         )
     return advice

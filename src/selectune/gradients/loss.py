@@ -12,10 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from selectune.data.collate import Batch
+from selectune.data.collate import NO_LOSS, Batch
 from selectune.errors import CoverageError, DataError
-
-_NO_LOSS = -100  # what transformers and torch's cross-entropy call "no loss here"
 
 
 def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
@@ -42,7 +40,7 @@ def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int
         x.gather(1, order) for x in (batch.input_ids, batch.attention_mask, batch.labels)
     )
     n, t = tokens.shape
-    is_target = labels[:, 1:] != _NO_LOSS
+    is_target = labels[:, 1:] != NO_LOSS
     n_tokens = is_target.sum(1)
     _refuse_empty(batch, n_tokens)
 
@@ -52,12 +50,13 @@ def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int
     positions = is_target.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     is_real = torch.arange(width, device=tokens.device) < n_tokens[:, None]
     slots = positions + t * torch.arange(n, device=tokens.device)[:, None]
-    answers = labels.take(slots + 1).where(is_real, _NO_LOSS)
+    answers = labels.take(slots + 1).where(is_real, NO_LOSS)
     if head is None or not any(p.requires_grad for p in head.parameters()):
         slots, answers = slots[is_real][None], answers[is_real][None]
 
     def gather(hidden: Tensor) -> Tensor:
-        return hidden.flatten(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape)
+        picked = hidden.flatten(0, 1).index_select(0, slots.flatten())
+        return picked.view(*slots.shape, hidden.shape[-1])
 
     def before_head(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or args[0].shape[:-1] != (n, t):
@@ -82,11 +81,11 @@ def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int
         )
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = functional.cross_entropy(
-        exact.flatten(0, 1), answers.flatten(), ignore_index=_NO_LOSS, reduction="none"
+        exact.flatten(0, 1), answers.flatten(), ignore_index=NO_LOSS, reduction="none"
     )
     if slots.shape != is_real.shape:
         nats = nats.new_zeros(is_real.shape).masked_scatter(is_real, nats)
-    return nats.view(is_real.shape).sum(1), n_tokens
+    return nats.view_as(is_real).sum(1), n_tokens
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -95,7 +94,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def _refuse_empty(batch: Batch, n_tokens: Tensor) -> None:
-    empty = [batch.ids[i] for i in (n_tokens == 0).nonzero().flatten().tolist()]
+    empty = [id for id, n in zip(batch.ids, n_tokens.cpu().numpy(), strict=True) if n == 0]
     if empty:
         raise DataError(
             f"{len(empty)} of {len(batch.ids)} examples of a batch have no target token",

@@ -15,8 +15,8 @@ class Verdict:
     """What the run found.
 
     Args:
-        text: one plain sentence.
-        code: "better", "no_better" or "worse"; it decides the colour, any other is neutral.
+        text: plain sentences; the first is the headline.
+        code: `evaluation.verdict`'s code; it decides the colour, an unknown one is neutral.
         advice: what to try next, one sentence each.
     """
 
@@ -32,7 +32,7 @@ class Level:
     Args:
         arm: "selected", "random", "base" or the name of another control.
         task: the target task.
-        metric: "answer_loss", "accuracy_raw", "accuracy_norm" (shares of 1), or any other name.
+        metric: "answer_loss", "correct_raw", "correct_norm" (shares of 1), or any other name.
         n: held-out examples behind the number.
         value: the mean.
         low: lower end of its 95 % interval; None where there is none.
@@ -75,7 +75,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PoolTable:
-    """One row per pool example, in any order that all columns share.
+    """One row per pool example, in any order that all columns share (lengths are checked).
 
     Args:
         ids: the examples.
@@ -87,9 +87,9 @@ class PoolTable:
 
     ids: Sequence[str]
     sources: Sequence[str]
-    n_tokens: Int[np.ndarray, " n"]
-    scores: Mapping[str, Float[np.ndarray, " n"]]
-    energy: Mapping[str, Float[np.ndarray, " n"]] = field(default_factory=dict[str, Any])
+    n_tokens: Int[np.ndarray, " _"]
+    scores: Mapping[str, Float[np.ndarray, " _"]]
+    energy: Mapping[str, Float[np.ndarray, " _"]] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         """Refuse columns of different lengths: a join went wrong before."""
@@ -182,7 +182,7 @@ class ReportData:
         pool: the pool and its scores.
         selected_ids: the chosen examples.
         recipe_yaml: the resolved recipe.
-        verdict: None where nothing was evaluated.
+        verdicts: per target task ("" for all); empty where nothing was evaluated.
         facts: short facts under the title, label to text (base model, method, seed, ..).
         method: name of the scorer.
         method_summary: one sentence on it, from the registry.
@@ -204,7 +204,7 @@ class ReportData:
     pool: PoolTable
     selected_ids: Sequence[str]
     recipe_yaml: str
-    verdict: Verdict | None = None
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict[str, Verdict])
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
     method: str = ""
     method_summary: str = ""

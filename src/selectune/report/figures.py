@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from selectune.report.markup import Markup, coordinate, join, tag
+from selectune.report.markup import Markup, Number, coordinate, join, tag
 from selectune.report.numbers import tick, ticks
 
 _INNER = 1000  # x units of the inner drawing
@@ -36,7 +36,7 @@ class Scale:
     low: float
     high: float
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> float:
         """Return where `value` lies: 0 left, 100 right; what lies outside is put on the edge."""
         return float(np.clip(100 * (value - self.low) / (self.high - self.low), 0, 100))
 
@@ -49,19 +49,18 @@ class Scale:
         return cls(low - air, high + air)
 
 
-def figure(title: str, height: float, *marks: Markup | None, class_: str = "fig") -> Markup:
+def figure(title: str, height: Number, *marks: Markup | None, class_: str = "fig") -> Markup:
     """Return an SVG as wide as its column, with an accessible name."""
     return tag(
         "svg", tag("title", title), *marks, class_=class_, width="100%", height=height, role="img"
     )
 
 
-def stretched(height: float, *marks: Markup, y: float = 0) -> Markup:
+def stretched(height: Number, *marks: Markup) -> Markup:
     """Return a drawing with x in 0..1000 that fills the width."""
     return tag(
         "svg",
         *marks,
-        y=y,
         width="100%",
         height=height,
         viewBox=f"0 0 {_INNER} {coordinate(height)}",
@@ -69,13 +68,15 @@ def stretched(height: float, *marks: Markup, y: float = 0) -> Markup:
     )
 
 
-def text(x: float, y: float, content: str, *, anchor: str | None = None, class_: str = "") -> Markup:
+def text(
+    x: Number, y: Number, content: str, *, anchor: str | None = None, class_: str = ""
+) -> Markup:
     """Return text at x percent; near an edge it grows inwards."""
     side = anchor or ("start" if x < 4 else "end" if x > 96 else "middle")
     return tag("text", content, x=_percent(x), y=y, text_anchor=side, class_=class_ or None)
 
 
-def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+def line(x1: Number, y1: Number, x2: Number, y2: Number, class_: str) -> Markup:
     """Return a line, x in percent."""
     return tag("line", x1=_percent(x1), y1=y1, x2=_percent(x2), y2=y2, class_=class_)
 
@@ -100,7 +101,7 @@ def whisker(
     class_: str,
     title: str,
     *,
-    zero: float | None = None,
+    zero: Number | None = None,
 ) -> Markup:
     """Return a dot with its interval; `zero` draws a reference line."""
     middle = 13
@@ -123,7 +124,9 @@ def twin_bars(pool: float, chosen: float, most: float, title: str) -> Markup:
         title,
         22,
         tag("rect", y=3, height=6, rx=1, width=_percent(100 * pool / most), class_="bar pool"),
-        tag("rect", y=11, height=8, rx=1, width=_percent(100 * chosen / most), class_="bar selected"),
+        tag(
+            "rect", y=11, height=8, rx=1, width=_percent(100 * chosen / most), class_="bar selected"
+        ),
     )
 
 
@@ -140,6 +143,9 @@ def ridge(
         chosen: chosen examples per bin, on the same scale.
         cutoff: where a marker stands, in percent.
         title: accessible name.
+
+    Returns:
+        An SVG.
     """
     height = 38
     most = max(float(everyone.max(initial=0)), 1.0)
@@ -166,22 +172,27 @@ def histograms(
         scale: the x axis.
         title: accessible name.
         last: what to write at the right end instead of a number.
+
+    Returns:
+        An SVG.
     """
     height = 150
     most = max((float(s.max(initial=0)) for s in shares.values()), default=0) or 1.0
     values, step = ticks(scale.low, scale.high)
-    labels = [v for v in values if not (last and scale(v) > 88)]
+    labels = [v for v in values if not (last and scale(v) > 70)]
+    areas = [_steps(s / most, height, f"area {c}") for c, s in shares.items()]
     return figure(
         title,
         height + 20,
-        stretched(height, *(_steps(s / most, height - 4, f"area {c}") for c, s in shares.items()), y=0),
+        stretched(height, *areas),
         line(0, height, 100, height, "rail"),
         *(text(scale(v), height + 15, tick(v, step), class_="tick") for v in labels),
         text(100, height + 15, last, class_="tick") if last else None,
+        class_="fig histogram",
     )
 
 
-def spectrum(shares: Float[np.ndarray, " k"], rank: int, title: str) -> Markup:
+def spectrum(shares: Float[np.ndarray, " _"], rank: int, title: str) -> Markup:
     """Return bars of the energy per direction, the used ones coloured, and their running sum."""
     height, n = 150, len(shares)
     slot = 100 / n
@@ -208,23 +219,31 @@ def spectrum(shares: Float[np.ndarray, " k"], rank: int, title: str) -> Markup:
         *(line(0, height * (1 - y), 100, height * (1 - y), "grid") for y in (0.5, 1.0)),
         *bars,
         stretched(height, _path(points, height, "curve held")),
+        text(100, height / 2 - 4, "50 %", class_="tick halo"),
+        text(100, -4, "100 %", class_="tick halo"),
         line(edge, 0, edge, height, "cutoff") if rank < n else None,
         line(0, height, 100, height, "rail"),
         *(
-            text(slot * (v - 0.5), height + 15, tick(v, max(step, 1)), anchor="middle", class_="tick")
+            text(
+                slot * (v - 0.5), height + 15, tick(v, max(step, 1)), anchor="middle", class_="tick"
+            )
             for v in whole
         ),
+        class_="fig airy",
     )
 
 
 def curves(
-    lines: Mapping[str, tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]], title: str
+    lines: Mapping[str, tuple[Float[np.ndarray, " _"], Float[np.ndarray, " _"]]], title: str
 ) -> Markup:
     """Return lines over a common x axis, with the y axis written inside.
 
     Args:
         lines: colour class to (x, y); a y that is not finite interrupts the line.
         title: accessible name.
+
+    Returns:
+        An SVG.
     """
     height = 220
     xs = Scale(*_range([x for x, _ in lines.values()]))
@@ -250,7 +269,11 @@ def curves(
         height + 20,
         *(line(0, y, 100, y, "grid") for y in heights.values()),
         stretched(height, *paths),
-        *(text(0, y - 4, tick(v, y_step), class_="tick halo") for v, y in heights.items() if y > 12),
+        *(
+            text(0, y - 4, tick(v, y_step), class_="tick halo")
+            for v, y in heights.items()
+            if y > 12
+        ),
         line(0, height, 100, height, "rail"),
         *(text(xs(v), height + 15, tick(v, x_step), class_="tick") for v in x_ticks),
     )
@@ -265,11 +288,11 @@ def key(entries: Mapping[str, str]) -> Markup:
     return tag("p", join(items), class_="key")
 
 
-def _percent(x: float) -> str:
+def _percent(x: Number) -> str:
     return f"{coordinate(x)}%"
 
 
-def _range(columns: Sequence[Float[np.ndarray, " k"]]) -> tuple[float, float]:
+def _range(columns: Sequence[Float[np.ndarray, " _"]]) -> tuple[float, float]:
     values = np.concatenate([np.asarray(c, np.float64) for c in columns])
     values = values[np.isfinite(values)]
     if not len(values):
@@ -278,7 +301,7 @@ def _range(columns: Sequence[Float[np.ndarray, " k"]]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _running_mean(y: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
+def _running_mean(y: Float[np.ndarray, " _"]) -> Float[np.ndarray, " _"]:
     """Return a centred mean over a fifteenth of the line; short lines come back as they are."""
     half = len(y) // 30
     if half == 0:
@@ -291,7 +314,7 @@ def _running_mean(y: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
     return np.where(is_finite, mean, np.nan)
 
 
-def _steps(heights: Float[np.ndarray, " b"], height: float, class_: str) -> Markup:
+def _steps(heights: Float[np.ndarray, " b"], height: Number, class_: str) -> Markup:
     """Return a histogram as one closed outline; `heights` are shares of `height`."""
     step = _INNER / len(heights)
     parts = [f"M0 {coordinate(height)}"]
@@ -301,7 +324,7 @@ def _steps(heights: Float[np.ndarray, " b"], height: float, class_: str) -> Mark
     return tag("path", d=f"{''.join(parts)}V{coordinate(height)}Z", class_=class_)
 
 
-def _path(points: Sequence[tuple[float, float]], height: float, class_: str) -> Markup:
+def _path(points: Sequence[tuple[float, float]], height: Number, class_: str) -> Markup:
     """Return a line through points in 0..1 (y upwards); NaN interrupts it."""
     parts: list[str] = []
     is_down = False

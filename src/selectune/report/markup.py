@@ -19,6 +19,7 @@ class Markup(str):
 
 
 Child = str | Markup | None
+Number = int | float  # beartype takes no int where only float is named
 
 
 def printable(text: str) -> str:
@@ -37,14 +38,17 @@ def _printable_character(character: str) -> str:
     return chr(0x2400 + ord(character)) if ord(character) < 0x20 else "\ufffd"
 
 
-def tag(name: str, *children: Child, **attributes: str | float | bool | None) -> Markup:
+def tag(name: str, /, *children: Child, **attributes: str | Number | bool | None) -> Markup:
     """Return one element; text is escaped.
 
     Args:
         name: the element, such as "p".
-        children: text (escaped), `Markup` (as it is) or None (nothing).
-        attributes: `class_` gives class, `aria_label` gives aria-label; None and False are left
+        *children: text (escaped), `Markup` (as it is) or None (nothing).
+        **attributes: `class_` gives class, `aria_label` gives aria-label; None and False are left
             out, True stands alone, numbers are written with at most 2 decimals.
+
+    Returns:
+        The element and all it holds.
     """
     head = [name]
     for key, value in attributes.items():
@@ -73,7 +77,7 @@ def join(children: Iterable[Child]) -> Markup:
     )
 
 
-def coordinate(value: float) -> str:
+def coordinate(value: Number) -> str:
     """Return a number as SVG wants it, short and without exponent."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
@@ -100,7 +104,7 @@ def shortened(text: str, columns: int) -> str:
 
 
 def split_long(text: str, limit: int) -> tuple[str, str]:
-    """Return a beginning of about `limit` characters and the rest, cut between words if possible."""
+    """Return a beginning of about `limit` characters and the rest, cut between words."""
     if len(text) <= limit * 1.2:
         return text, ""
     cut = max(text.rfind(" ", 0, limit), text.rfind("\n", 0, limit))

@@ -33,23 +33,28 @@ class Metric:
         return f"[{decimal(low)}, {decimal(high)}]"
 
     def change(self, value: float) -> str:
-        """Return a difference in words: "0.21 lower", "3.0 points higher"."""
-        size = f"{abs(100 * value):.1f} points" if self.is_share else decimal(abs(value))
+        """Return a difference in words: "0.214 lower", "3.0 points higher"."""
+        size = f"{abs(100 * value):.1f} points" if self.is_share else f"{abs(value):.3f}"
         if float(size.split()[0]) == 0:
             return "no difference"
         return f"{size} {'higher' if value > 0 else 'lower'}"
 
-    def change_interval(self, low: float, high: float) -> str:
-        """Return the ends of an interval of differences, with signs."""
-        scale, digits = (100, 1) if self.is_share else (1, 2)
-        ends = (f"{scale * end:+.{digits}f}".replace("-", "−") for end in (low, high))
+    def change_interval(self, value: float, low: float, high: float) -> str:
+        """Return the ends of an interval in the direction that `change` names.
+
+        "0.214 lower" goes with [0.054, 0.374]: a negative end means the other direction.
+        """
+        scale, digits = (100, 1) if self.is_share else (1, 3)
+        if value < 0:
+            low, high = -high, -low
+        ends = (f"{scale * end:.{digits}f}".replace("-", "−") for end in (low, high))
         return f"[{', '.join(ends)}]"
 
 
 _METRICS = {
     "answer_loss": Metric("Answer loss", "nats per token", -1),
-    "accuracy_raw": Metric("Accuracy, raw", "", 1, is_share=True),
-    "accuracy_norm": Metric("Accuracy, length-normalised", "", 1, is_share=True),
+    "correct_raw": Metric("Accuracy, raw", "", 1, is_share=True),
+    "correct_norm": Metric("Accuracy, length-normalised", "", 1, is_share=True),
 }
 
 
@@ -67,9 +72,11 @@ def decimal(value: float) -> str:
     return f"{value:.{0 if abs(value) >= 1000 else 2}f}".replace("-", "−")
 
 
-def tick(value: float, step: float) -> str:
+def tick(value: float, step: int | float) -> str:
     """Return an axis label with the digits that `step` needs."""
-    if value and (abs(value) >= 1e6 or abs(value) < 1e-4):
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e6 or abs(value) < 1e-4:
         return f"{value:.0e}".replace("-", "−")
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:,.{digits}f}".replace("-", "−")
@@ -85,7 +92,7 @@ def count(n: int, noun: str = "") -> str:
     return f"{n:,}" + (f" {noun}{'' if n == 1 else 's'}" if noun else "")
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Return seconds as a person says them."""
     if seconds < 10:
         return f"{seconds:.1f} s"
@@ -104,19 +111,21 @@ def size(n_bytes: int) -> str:
     value = float(n_bytes)
     for unit in ("bytes", "kB", "MB", "GB"):
         if value < 999.5:
-            return f"{value:.0f} {unit}" if value >= 10 or unit == "bytes" else f"{value:.1f} {unit}"
+            return (
+                f"{value:.0f} {unit}" if value >= 10 or unit == "bytes" else f"{value:.1f} {unit}"
+            )
         value /= 1000
     return f"{value:,.1f} TB"
 
 
-def ticks(low: float, high: float, about: int = 5) -> tuple[list[float], float]:
+def ticks(low: int | float, high: int | float, about: int = 5) -> tuple[list[float], float]:
     """Return round numbers within [low, high] and their distance."""
     span = high - low
     if not math.isfinite(span) or span <= 0:
         return [low], 1.0
     raw = span / about
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.8)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)], step

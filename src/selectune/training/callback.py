@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -24,7 +24,7 @@ class Interrupts:
         self.is_asked = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Interrupts":
         # Python runs signal handlers in the main thread and lets no other one set them.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -58,6 +58,7 @@ class Watch(TrainerCallback):
         interrupts: Interrupts,
         is_cheap_to_save: bool,
         seconds: Callable[[], float],
+        last_step: int | None = None,
     ) -> None:
         """Keep what the hooks need.
 
@@ -68,13 +69,19 @@ class Watch(TrainerCallback):
             interrupts: where a signal leaves its request.
             is_cheap_to_save: whether an interrupt may wait for one more checkpoint.
             seconds: training time so far, of earlier processes too.
+            last_step: where to end before the schedule does; None runs all of it.
         """
         self.name, self.log = name, log
         self.checkpoints, self.interrupts = checkpoints, interrupts
         self.is_cheap_to_save, self.seconds = is_cheap_to_save, seconds
+        self.last_step = last_step
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Say where this process starts, so that lines after that step can be dropped."""
         self.log({"arm": self.name, "start": state.global_step, "n_steps": state.max_steps})
@@ -85,7 +92,7 @@ class Watch(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Pass one step on.
 
@@ -105,17 +112,27 @@ class Watch(TrainerCallback):
         self.log({"arm": self.name, "step": state.global_step, **row})
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Turn a request to stop into the Trainer's own way of stopping."""
-        kill_point(KillPoint.TRAIN_STEPPED)
+        kill_point(KillPoint.TUNE_STEP_DONE)
+        if state.global_step == self.last_step:
+            control.should_training_stop = True
         if self.interrupts.is_asked:
             control.should_training_stop = True
             control.should_save = control.should_save or self.is_cheap_to_save
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Make a checkpoint of the folder just written."""
         self.checkpoints.seal(state.global_step, seconds=self.seconds())
-        kill_point(KillPoint.TRAIN_SEALED)
+        kill_point(KillPoint.TUNE_CHECKPOINT_SAVED)

@@ -1,4 +1,4 @@
-"""The Trainer's `checkpoint-N` folders, sealed by a manifest, and the identity of the run they serve.
+"""The Trainer's `checkpoint-N` folders, sealed by a manifest, and whose run they belong to.
 
 transformers writes straight into `checkpoint-N` and takes the highest number for the newest, so a
 save that was cut off would block every restart. Here a folder counts once its manifest stands.
@@ -25,7 +25,7 @@ _FREE = frozenset({"save_every", "keep_checkpoints", "controls"})
 
 
 def identify(
-    items: Sequence[Tokens], options: TuneSection, *, start: str, **rest: Any
+    items: Sequence[Tokens], options: TuneSection, *, start: str, **rest: object
 ) -> dict[str, Any]:
     """Return all that the trained weights depend on, flat, so that a difference has a name.
 
@@ -57,9 +57,7 @@ def refuse_other(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where: 
     Raises:
         IncompatibleRunError: they differ; every entry that does is named with both values.
     """
-    keys = sorted(
-        key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)
-    )
+    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if keys:
         lines = [f"{key} was {found.get(key)}, is now {wanted.get(key)}" for key in keys]
         raise IncompatibleRunError(
@@ -130,7 +128,7 @@ class Checkpoints:
             seconds: training time up to this step.
         """
         meta = {"identity": dict(self.identity), "step": step, "seconds": seconds}
-        files.seal_dir(self.folder / f"checkpoint-{step}", kind=KIND, meta=meta)
+        files.seal(self.folder / f"checkpoint-{step}", kind=KIND, meta=meta)
         self._remove(found for found, _ in self._found() if found < step and not self._stays(found))
 
     def finish(self, last: int) -> None:

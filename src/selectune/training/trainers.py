@@ -51,7 +51,7 @@ class TransformersArm(Trainer):
         *,
         model: nn.Module,
         args: TrainingArguments,
-        train_dataset: Any,
+        train_dataset: object,
         data_collator: Collate,
         callbacks: list[TrainerCallback],
         batches: EpochBatches,
@@ -62,7 +62,7 @@ class TransformersArm(Trainer):
         super().__init__(
             model=cast("Any", model),
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=cast("Any", train_dataset),
             data_collator=cast("Any", data_collator),
             callbacks=callbacks,
             **self._extra_arguments(),
@@ -125,12 +125,13 @@ class TransformersArm(Trainer):
     def _refuse_not_finite(self, loss: Tensor, ids: tuple[str, ...], nats: Tensor | None) -> None:
         if math.isfinite(loss.item()):
             return
-        named = ids if nats is None else [
-            id for id, value in zip(ids, nats.tolist(), strict=True) if not math.isfinite(value)
-        ]
+        if nats is not None:
+            ids = tuple(
+                id for id, value in zip(ids, nats.tolist(), strict=True) if not math.isfinite(value)
+            )
         raise TrainingError(
             f"the loss of step {self.state.global_step + 1} is {loss.item()}",
-            where="example " + ", ".join(list(named)[:16]),
+            where="example " + ", ".join(ids[:16]),
             why="every later weight would be lost as well",
             do="lower tune.learning_rate, or look at these examples",
         )

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainingArguments
 
 from selectune import files
@@ -72,6 +71,7 @@ def tune(
     fingerprint: str,
     name: str,
     log: Log,
+    stop_after_epochs: int | None = None,
 ) -> TuneResult:
     """Train `model` in place; afterwards it holds the trained weights, reused results included.
 
@@ -91,6 +91,7 @@ def tune(
         name: of the arm, for the log.
         log: takes {"arm", "start", "n_steps"} once, {"arm", "step", "loss", "learning_rate",
             "grad_norm"} after each step, and {"arm", "warning"} where something is worth reading.
+        stop_after_epochs: end there although the learning rate is laid out for `options.epochs`.
 
     Raises:
         DataError: nothing to train on, or an example without a target.
@@ -143,6 +144,7 @@ def tune(
         interrupts=interrupts,
         is_cheap_to_save=_checkpoint_bytes(model, n_trainable) <= _CHEAP_BYTES,
         seconds=seconds,
+        last_step=batches.n_steps * stop_after_epochs if stop_after_epochs else None,
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -290,8 +292,8 @@ def _reuse(model: nn.Module, path: Path, identity: dict[str, Any]) -> TuneResult
     opened = files.open_dir(path, kind=KIND)
     meta = cast("dict[str, Any]", opened.meta)
     refuse_other(meta["identity"], identity, where=path)
-    for file in sorted(path.glob("*.safetensors")):
-        load_weights(model, opened.read_tensors(file.name))
+    for name in (n for n in opened.names if n.endswith(".safetensors")):
+        load_weights(model, opened.read_torch(name))
     losses = cast("list[tuple[int, float]]", opened.read_json("losses.json"))
     return TuneResult(
         path=path,
@@ -307,7 +309,7 @@ def _reuse(model: nn.Module, path: Path, identity: dict[str, Any]) -> TuneResult
 @contextmanager
 def _borrowed(model: nn.Module) -> Iterator[None]:
     """Give the model back as it came: accelerate and trl replace `forward` for good."""
-    modules = [m for m in model.modules()]
+    modules = list(model.modules())
     before = {id(m): m.__dict__.get("forward") for m in modules}
     was_training = model.training
     try:

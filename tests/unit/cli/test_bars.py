@@ -9,7 +9,7 @@ from rich.console import Console
 from selectune.cli.bars import Bars, duration, rate
 
 
-def drawn(work: str = "") -> tuple[Bars, io.StringIO]:
+def drawn() -> tuple[Bars, io.StringIO]:
     screen = io.StringIO()
     return Bars(Console(file=screen, force_terminal=True, width=120)), screen
 
@@ -20,6 +20,18 @@ def test_a_phase_leaves_one_line_with_its_count() -> None:
         advance(2)
         advance(3)
     assert re.search(r"score \[pool\]: 5 examples in \d", screen.getvalue())
+
+
+def test_a_finished_bar_is_not_drawn_again() -> None:
+    bars, screen = drawn()
+    with bars:
+        with bars.phase("score", 5, "examples") as advance:
+            advance(5)
+            bars.note("half way")
+        bars.note("all done")
+    text = screen.getvalue()
+    assert "/5" in text.split("half way")[1]
+    assert "/5" not in text.split("all done")[1]
 
 
 def test_a_phase_without_a_known_length_is_shown_too() -> None:
@@ -34,9 +46,14 @@ def test_a_phase_without_a_known_length_is_shown_too() -> None:
 
 def test_a_phase_that_fails_says_nothing_of_being_done() -> None:
     bars, screen = drawn()
-    with bars, pytest.raises(KeyError), bars.phase("tune", 3, "steps") as advance:
-        advance(1)
-        raise KeyError
+
+    def fail() -> None:
+        with bars.phase("tune", 3, "steps") as advance:
+            advance(1)
+            raise KeyError
+
+    with bars, pytest.raises(KeyError):
+        fail()
     assert "tune: 1 steps" not in screen.getvalue()
 
 

@@ -1,18 +1,18 @@
 """Each verb takes its own step of a run, with the recipe and the overrides it was given."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from selectune.cli import main
+from unit.cli.fakes import FakeSteps
 
 STEPS = ["plan", "score", "select", "tune", "evaluate", "report"]
 
 
 @pytest.mark.parametrize(("verb", "step"), [*zip(STEPS, STEPS, strict=True), ("run", "all")])
 def test_a_verb_takes_its_step(
-    verb: str, step: str, recipe: str, steps: Any, capfd: pytest.CaptureFixture[str]
+    verb: str, step: str, recipe: str, steps: FakeSteps, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main([verb, recipe, "tune.epochs=2", "output=elsewhere"]) == 0
     [(called, out, loaded)] = steps.calls
@@ -20,8 +20,15 @@ def test_a_verb_takes_its_step(
     assert capfd.readouterr().out == f"{step} is done\nreport: elsewhere/report.html\n"
 
 
+def test_allowed_changes_reach_the_run(recipe: str, steps: FakeSteps) -> None:
+    assert main(["run", recipe, "--allow", "tune.epochs, data,data.target.csqa"]) == 0
+    assert steps.allowed == ("tune.epochs", "data", "data.target.csqa")
+    assert main(["demo"]) == 0
+    assert steps.allowed == ()
+
+
 def test_compare_runs_the_matrix(
-    recipe: str, steps: Any, capfd: pytest.CaptureFixture[str]
+    recipe: str, steps: FakeSteps, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", recipe, "matrix.methods=[gist, full]"]) == 0
     [(called, out, loaded)] = steps.calls
@@ -30,7 +37,7 @@ def test_compare_runs_the_matrix(
 
 
 def test_demo_runs_the_shipped_recipe(
-    recipe: str, steps: Any, capfd: pytest.CaptureFixture[str]
+    recipe: str, steps: FakeSteps, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo"]) == 0
     assert main(["demo", "--quick", "seed=3"]) == 0

@@ -1,0 +1,201 @@
+"""The arms of a run: the selection, its controls and the base; each tuned, then evaluated."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selectune.data import Example, near_duplicates
+from selectune.evaluation import Evaluation, evaluate
+from selectune.files import KillPoint, kill_point, open_dir, staged
+from selectune.ground import Ground, digest
+from selectune.models import add_adapter, load_tuned
+from selectune.registry import get
+from selectune.scoring import score_pool
+from selectune.select.rules import Budget, select
+from selectune.selection import Scores, Selection
+from selectune.training import TuneResult, tune
+
+SELECTED = "selected"
+BASE = "base"
+FULL = "full"  # the control that trains on every candidate
+
+
+@dataclass(frozen=True, slots=True)
+class TunedArm:
+    """An arm that has been trained."""
+
+    name: str
+    path: Path
+    n_examples: int
+    result: TuneResult
+
+
+def choose(ground: Ground, scores: Scores, fingerprint: str) -> Selection:
+    """Fill the recipe's budget from scores.
+
+    Raises:
+        SelectionError: the budget, a quota or the rule cannot be met.
+    """
+    section = ground.recipe.select
+    by_id = {e.id: e for e in ground.prepared.candidates}
+    lengths = {t.id: len(t.input_ids) for t in ground.tokens.pool}
+    return select(
+        scores,
+        get("selection_rule", section.rule, where="select.rule"),
+        Budget.of(section.budget, len(scores)),
+        sources={i: by_id[i].source for i in scores.ids},
+        n_tokens=lengths,
+        quotas=section.quotas,
+        dropped=ground.dropped,
+        is_near=_NearCopies(by_id, scores, section.near_duplicates)
+        if section.near_duplicates is not None
+        else None,
+        fingerprint=fingerprint,
+    )
+
+
+class _NearCopies:
+    """Tell, for one candidate after another, which better one it nearly equals."""
+
+    def __init__(self, by_id: dict[str, Example], scores: Scores, threshold: float) -> None:
+        ordered = [by_id[i] for i in scores.ranking()]
+        self._matches = near_duplicates(ordered, threshold).matches
+
+    def __call__(self, example_id: str) -> str | None:
+        return self._matches.get(example_id)
+
+
+def control_selection(ground: Ground, name: str) -> Selection:
+    """Return what a control trains on: a scorer at the same budget, or the full pool."""
+    if name == FULL:
+        ids = tuple(t.id for t in ground.tokens.pool)
+        universe = frozenset((*ids, *ground.dropped))
+        return Selection(ids, universe, about={"method": FULL})
+    return choose(ground, score_pool(ground, name, {}), "")
+
+
+def tune_arm(ground: Ground, name: str, selection: Selection) -> TunedArm:
+    """Train a fresh adapter on a selection, or resume, or read what is finished.
+
+    Raises:
+        TrainingError: the loss is not a number, or nothing moved.
+        IncompatibleRunError: the arm's folder holds other work.
+    """
+    recipe = ground.recipe
+    base = ground.base()
+    model = add_adapter(base.model, recipe.adapter, seed=recipe.seed)
+    # In the pool's order: equal sets train equally, whatever ranked them.
+    chosen = set(selection.ids)
+    items = [t for t in ground.tokens.pool if t.id in chosen]
+    fingerprint = digest(
+        {
+            "base": base.fingerprint,
+            "adapter": recipe.adapter.model_dump(),
+            "examples": hashlib.sha256("\n".join(t.id for t in items).encode()).hexdigest(),
+            "tokens": ground.tokens.fingerprint,
+        }
+    )
+    everything = digest({"f": fingerprint, "t": recipe.tune.model_dump(), "s": recipe.seed})
+    path = ground.place("tune", f"tune/{name}", everything)
+    n_steps = recipe.tune.epochs * -(-len(items) // _step_size(ground))
+    with ground.progress.phase(f"tune {name}", n_steps, "steps") as advance:
+
+        def log(line: dict[str, Any]) -> None:
+            if "step" in line:
+                advance(1)
+            elif "warning" in line:
+                ground.progress.note(str(line["warning"]))
+            elif line.get("start"):
+                advance(int(line["start"]))
+
+        result = tune(
+            model,
+            items,
+            recipe.tune,
+            output=path,
+            seed=recipe.seed,
+            pad_id=base.pad_id,
+            precision=base.precision,
+            device=base.device.type,
+            fingerprint=fingerprint,
+            name=name,
+            log=log,
+        )
+    ground.costs[f"tune {name}"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
+    return TunedArm(name, result.path, len(items), result)
+
+
+def _step_size(ground: Ground) -> int:
+    return ground.recipe.tune.batch_size * ground.recipe.tune.accumulation
+
+
+def evaluate_arm(
+    ground: Ground, name: str, path: Path | None, questions: dict[str, Sequence[Example]]
+) -> dict[str, Evaluation]:
+    """Return an arm's answers to held-out examples, by task.
+
+    Args:
+        ground: of the run.
+        name: of the arm, for progress and prices.
+        path: of the tuned adapter; None for the untouched base.
+        questions: examples by task.
+    """
+    recipe, section = ground.recipe, ground.recipe.evaluate
+    base = None
+    found: dict[str, Evaluation] = {}
+    for task, examples in questions.items():
+        asked = list(examples)[: section.limit]
+        fingerprint = digest(
+            {
+                "model": _content(ground, path),
+                "ids": [e.id for e in asked],
+                "options": [list(e.options) for e in asked],
+                "max_length": recipe.data.max_length,
+                "dtype": recipe.model.dtype,
+                "token_budget": section.token_budget,
+            }
+        )
+        folder = ground.place("evaluation", f"evaluation/{name}-{task}", fingerprint)
+        step = f"evaluate {name}"
+        if ground.is_done(folder, "evaluation", fingerprint):
+            ground.recall(step, folder)
+            opened = open_dir(folder, kind="evaluation")
+            left_out: list[str] = opened.read_json("left_out.json")
+            found[task] = Evaluation(opened.read_table("answers.parquet"), tuple(left_out))
+            continue
+        if base is None:
+            base = ground.base()
+            model = base.model if path is None else load_tuned(base, path)
+        n = sum(max(1, len(e.options)) for e in asked)
+        with (
+            ground.charge(step, folder),
+            ground.progress.phase(f"evaluate {name} on {task}", n, "answers") as advance,
+        ):
+            answers = evaluate(
+                model,
+                asked,
+                base.tokenizer,
+                max_length=recipe.data.max_length,
+                pad_id=base.pad_id,
+                device=base.device.type,
+                precision=base.precision,
+                token_budget=section.token_budget,
+                advance=advance,
+            )
+            with staged(folder, kind="evaluation", meta={"fingerprint": fingerprint}) as stage:
+                stage.write_table("answers.parquet", answers.table)
+                stage.write_json("left_out.json", list(answers.left_out))
+        kill_point(KillPoint.EVALUATE_DONE)
+        found[task] = answers
+    return found
+
+
+def _content(ground: Ground, path: Path | None) -> str:
+    """Return what stands for a model's weights: the base's name, or the adapter's manifest."""
+    if path is None:
+        return f"base {ground.base_fingerprint}"
+    identity = open_dir(path, kind="adapter").meta["identity"]
+    return json.dumps(identity, sort_keys=True)

@@ -1,0 +1,189 @@
+"""What the steps of one run share: data, tokens, the base model, and where results lie."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from selectune.errors import CorruptFileError, IncompatibleRunError
+from selectune.files import is_complete, open_dir, write_file
+from selectune.gradients.store import StoredPool
+from selectune.measure import Measured
+from selectune.models import Base, load_base, load_tokenizer
+from selectune.prepare import Assets, Prepared, PreparedTokens, read_data, resolve, tokenize_all
+from selectune.progress import Progress
+from selectune.recipe import Recipe
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """Return a short hash of plain values, the same for the same values in any order of keys."""
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Ground:
+    """The shared ground of a run.
+
+    Args:
+        recipe: what to do.
+        out: the run's folder.
+        shared: where work that several runs have in common lies under its fingerprint; None keeps
+            everything in `out` under plain names.
+        tasks: the target tasks this run is about; None for all of the recipe's.
+        allow: keys that may differ from what the folder was made with.
+        progress: told of every long step.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        shared: Path | None,
+        tasks: Sequence[str] | None,
+        allow: Sequence[str],
+        progress: Progress,
+    ) -> None:
+        self.recipe, self.out, self.shared = recipe, out, shared
+        self.allow, self.progress = tuple(allow), progress
+        self._tasks = tasks
+        self.costs: dict[str, dict[str, Any]] = {}
+        self._base_fingerprint: str | None = None
+        self.stored: StoredPool | None = None
+
+    @cached_property
+    def assets(self) -> Assets:
+        """The recipe's model and data, `demo:` names made paths."""
+        return resolve(self.recipe)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Pool, targets and held-out examples."""
+        prepared = read_data(self.assets.data)
+        for note in prepared.notes:
+            self.progress.note(note)
+        return prepared
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return load_tokenizer(self.assets.model)
+
+    @cached_property
+    def tokens(self) -> PreparedTokens:
+        """Tokens of pool and targets."""
+        tokens = tokenize_all(self.prepared, self.assets, self.tokenizer)
+        if tokens.pool.n_truncated:
+            self.progress.note(f"{tokens.pool.n_truncated} pool examples were cut to max_length")
+        if tokens.dropped:
+            self.progress.note(f"{len(tokens.dropped)} pool examples kept no target token: dropped")
+        return tokens
+
+    @property
+    def tasks(self) -> list[str]:
+        """The target tasks this run is about."""
+        return list(self._tasks or self.prepared.targets)
+
+    def focus(self, tasks: Sequence[str]) -> None:
+        """Be about other tasks from now on; the gradient store serves all of them."""
+        self._tasks = list(tasks)
+
+    def borrow(self, other: "Ground") -> None:
+        """Take data and tokens from a ground of the same data section, instead of reading anew."""
+        self.assets, self.prepared = other.assets, other.prepared
+        self.tokenizer, self.tokens = other.tokenizer, other.tokens
+
+    def with_recipe(self, recipe: Recipe) -> "Ground":
+        """Return the same ground under a recipe that differs in how an arm is trained."""
+        other = Ground(
+            recipe,
+            self.out,
+            shared=self.shared,
+            tasks=self._tasks,
+            allow=self.allow,
+            progress=self.progress,
+        )
+        other.borrow(self)
+        other.costs = self.costs
+        return other
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Pool examples that are no candidates, with the reason."""
+        return {**self.prepared.dropped, **self.tokens.dropped}
+
+    def base(self) -> Base:
+        """Load the untouched base; every step that trains or adapts it takes a fresh one."""
+        base = load_base(self.assets.model, adapter=self.recipe.adapter)
+        self._base_fingerprint = base.fingerprint
+        return base
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The fingerprint of the base's weights."""
+        if self._base_fingerprint is None:
+            self.base()
+        assert self._base_fingerprint is not None
+        return self._base_fingerprint
+
+    def place(self, kind: str, name: str, fingerprint: str) -> Path:
+        """Return the folder of one result: a plain name, or its fingerprint where it is shared."""
+        if self.shared is not None:
+            return self.shared / kind / fingerprint[:16]
+        return self.out / name
+
+    def is_done(self, path: Path, kind: str, fingerprint: str) -> bool:
+        """Return whether a staged result is there, made from the same inputs.
+
+        A result of other inputs is removed where the recipe's change was allowed by name.
+
+        Raises:
+            IncompatibleRunError: it was made from other inputs.
+            CorruptFileError: it is damaged.
+        """
+        if not is_complete(path, kind=kind):
+            return False
+        found = open_dir(path, kind=kind).meta["fingerprint"]
+        if found == fingerprint:
+            return True
+        if not self.allow:
+            raise changed_inputs(path)
+        shutil.rmtree(path)
+        return False
+
+    @contextmanager
+    def charge(self, step: str, path: Path) -> Iterator[None]:
+        """Measure a step whose result goes to `path`, and keep the price beside it."""
+        with Measured() as measured:
+            yield
+        self.costs[step] = measured.to_json()
+        write_file(_price(path), json.dumps(self.costs[step]).encode())
+
+    def recall(self, step: str, path: Path) -> None:
+        """Read what a finished step cost when it ran."""
+        try:
+            self.costs[step] = json.loads(_price(path).read_bytes())
+        except FileNotFoundError:
+            return
+        except ValueError as error:
+            raise CorruptFileError("a price cannot be read", where=str(_price(path))) from error
+
+
+def changed_inputs(path: Path) -> IncompatibleRunError:
+    """Return the error for a result that was made from other data, base or settings."""
+    return IncompatibleRunError(
+        f"{path.name} was made from other data, another base or other settings",
+        where=str(path),
+        why="its fingerprint differs from that of the files named now",
+        do="choose another output folder, or allow the change by name: --allow data",
+    )
+
+
+def _price(path: Path) -> Path:
+    return path.with_name(path.name + ".cost.json")

@@ -1,0 +1,228 @@
+"""The dry run: what would train, on what, and what it would cost, by cause. Nothing is written.
+
+Memory is counted from shapes; time from one short measured matrix product and the number of
+multiplications that each step needs. LIMITATIONS.md states how far both were off when measured.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from selectune.arms import FULL
+from selectune.data import preview
+from selectune.ground import Ground
+from selectune.models import (
+    add_adapter,
+    blocks,
+    choose_device,
+    choose_precision,
+    load_config,
+)
+from selectune.registry import get
+from selectune.select.rules import Budget
+
+_LIBRARIES_BYTES = 650 << 20  # resident after importing torch, transformers, peft and datasets
+_SAVED_PER_HIDDEN = 16  # activations kept for backward, per token and block, in hidden sizes
+_SAVED_PER_INNER = 5  # the same, in MLP sizes
+_EFFICIENCY = 0.45  # of the measured matrix product, that a whole training step reaches
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run would do.
+
+    Args:
+        facts: plain values: data, trainable parameters, memory and seconds by cause.
+        text: the same for a person, with three examples and their loss mask.
+    """
+
+    facts: Mapping[str, Any]
+    text: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return dict(self.facts)
+
+    def lines(self) -> list[str]:
+        """Return it as lines for a person."""
+        return list(self.text)
+
+
+def make_plan(ground: Ground) -> Plan:
+    """Return the plan of a run; weights are not read, only their shapes."""
+    recipe = ground.recipe
+    device = choose_device(recipe.model.device)
+    precision = choose_precision(recipe.model.dtype, device)
+    config = load_config(ground.assets.model)
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(config)
+        n_base = sum(p.numel() for p in bare.parameters())
+        model = add_adapter(bare, recipe.adapter, seed=recipe.seed)
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    n_trained = sum(trained.values())
+    pool = ground.tokens.pool
+    budget = Budget.of(recipe.select.budget, len(pool))
+    n_chosen = budget.examples or round(
+        (budget.tokens or 0) / max(1.0, float(pool.lengths.mean()))
+    )
+    memory = _memory(ground, model, config, precision, n_base, n_trained)
+    seconds = _seconds(ground, config, device, precision, n_base, n_chosen)
+    facts = {
+        "device": str(device),
+        "precision": precision,
+        "pool": {
+            "rows": len(ground.prepared.rows),
+            "candidates": len(pool),
+            "tokens": int(pool.lengths.sum()),
+            "target_tokens": int(pool.n_targets.sum()),
+            "truncated": pool.n_truncated,
+            "dropped": len(ground.dropped),
+        },
+        "targets": {task: len(t) for task, t in ground.tokens.targets.items()},
+        "heldout": {task: len(e) for task, e in ground.prepared.heldout.items()},
+        "budget": n_chosen,
+        "trainable": {"parameters": n_trained, "tensors": len(trained), "of": n_base},
+        "memory_bytes": memory,
+        "disk_bytes": _disk(ground, n_trained),
+        "seconds": seconds,
+    }
+    return Plan(facts, _lines(ground, facts, trained))
+
+
+def _memory(
+    ground: Ground, model: nn.Module, config: Any, precision: str, n_base: int, n_trained: int  # noqa: ANN401
+) -> dict[str, int]:
+    recipe = ground.recipe
+    size = 2 if precision == "bfloat16" else 4
+    held = 4 if recipe.adapter.kind == "full" else size
+    lengths = ground.tokens.pool.lengths
+    # The longest examples make up the widest batch of both passes.
+    step = sorted(lengths.tolist())[-recipe.tune.batch_size :]
+    tokens = max(recipe.score.token_budget, len(step) * max(step))
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    per_token = _SAVED_PER_HIDDEN * hidden + _SAVED_PER_INNER * inner
+    share = float(ground.tokens.pool.n_targets.sum() / max(1, lengths.sum()))
+    return {
+        "libraries": _LIBRARIES_BYTES,
+        "base weights": held * (n_base - (n_trained if recipe.adapter.kind == "full" else 0)),
+        "trainable weights, gradients, AdamW": 16 * n_trained,
+        "saved activations": size * len(blocks(model)) * per_token * tokens,
+        "logits at target positions": round(10 * tokens * share * int(config.vocab_size)),
+    }
+
+
+def _disk(ground: Ground, n_trained: int) -> dict[str, int]:
+    recipe = ground.recipe
+    n_targets = sum(len(t) for t in ground.tokens.targets.values())
+    needs = get("data_scorer", recipe.score.method).needs
+    gradients = "gradients" in needs
+    arms = 1 + len(recipe.tune.controls)
+    return {
+        "target gradients, until the pass is done": 4 * n_targets * n_trained * gradients,
+        "store": 4 * len(ground.tokens.pool) * (n_targets + 8) * gradients,
+        "adapters and checkpoints": arms * n_trained * (4 + 12 * recipe.tune.keep_checkpoints),
+    }
+
+
+def _seconds(
+    ground: Ground,
+    config: Any,  # noqa: ANN401
+    device: torch.device,
+    precision: str,
+    n_base: int,
+    n_chosen: int,
+) -> dict[str, float]:
+    recipe, pool = ground.recipe, ground.tokens.pool
+    rate = _products_per_second(device, precision, int(config.hidden_size))
+    mean = float(pool.lengths.mean())
+    # 2 per weight and token forward, as many for the gradient of the activations; twice that again
+    # where the weights themselves train.
+    per_example = mean * n_base * (6 if recipe.adapter.kind == "full" else 4) / rate
+    needs = get("data_scorer", recipe.score.method).needs
+    found: dict[str, float] = {}
+    warms_up = "gradients" in needs and recipe.model.adapter is None
+    if warms_up:
+        n_warm = recipe.warmup.fraction * len(pool)
+        found["warm-up"] = n_warm * recipe.warmup.epochs * per_example
+    if "gradients" in needs:
+        found["gradients"] = len(pool) * per_example
+    if "losses" in needs:
+        found["base losses"] = len(pool) * per_example / 2
+    n_runs = {"selected": n_chosen}
+    n_runs |= {c: len(pool) if c == FULL else n_chosen for c in recipe.tune.controls}
+    for arm, n in n_runs.items():
+        found[f"tune {arm}"] = n * recipe.tune.epochs * per_example
+    answers = sum(
+        max(1, len(e.options))
+        for examples in ground.prepared.heldout.values()
+        for e in list(examples)[: recipe.evaluate.limit]
+    )
+    found["evaluate"] = (len(n_runs) + 1) * answers * per_example / 2
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def _products_per_second(device: torch.device, precision: str, hidden: int) -> float:
+    """Measure multiplications and additions per second of a matrix product of the model's width."""
+    dtype = getattr(torch, precision)
+    a = torch.randn(1024, hidden, device=device, dtype=dtype)
+    b = torch.randn(hidden, 4 * hidden, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        c = a @ b
+        float(c[0, 0])  # waits for an accelerator
+        best = min(best, time.perf_counter() - start)
+    return _EFFICIENCY * 2 * a.numel() * b.shape[1] / best
+
+
+def _lines(ground: Ground, facts: Mapping[str, Any], trained: Mapping[str, int]) -> list[str]:
+    pool, trainable = facts["pool"], facts["trainable"]
+    share = trainable["parameters"] / trainable["of"]
+    targets = ", ".join(f"{task} {n}" for task, n in facts["targets"].items())
+    heldout = ", ".join(f"{task} {n}" for task, n in facts["heldout"].items()) or "none: no verdict"
+    lines = [
+        *ground.prepared.notes,
+        f"candidates  {pool['candidates']} of {pool['rows']} rows, {pool['tokens']:,} tokens, "
+        f"{pool['target_tokens']:,} of them in the loss; {pool['truncated']} cut off",
+        f"targets     {targets}",
+        f"held-out    {heldout}",
+        f"budget      {facts['budget']} examples",
+        f"trains      {trainable['parameters']:,} parameters in {trainable['tensors']} tensors, "
+        f"{share:.2%} of {trainable['of']:,}, on {facts['device']} in {facts['precision']}",
+        *(f"            {name}  {n:,}" for name, n in list(trained.items())[:3]),
+        f"            and {len(trained) - 3} more" if len(trained) > 3 else "",
+        "",
+        *_table("memory", facts["memory_bytes"], 1 << 20, "MB"),
+        *_table("disk", facts["disk_bytes"], 1 << 20, "MB"),
+        *_table("time", facts["seconds"], 60, "min"),
+        "",
+        "three examples; what counts in the loss stands in [brackets]:",
+    ]
+    examples = list(ground.tokens.pool)
+    for tokens in (examples[0], examples[len(examples) // 2], examples[-1]):
+        lines.append(f"  {tokens.id}  {masked(preview(tokens, ground.tokenizer))}")
+    return lines
+
+
+def _table(title: str, parts: Mapping[str, float], unit: float, name: str) -> list[str]:
+    rows = [f"{title:<8}{sum(parts.values()) / unit:>10,.1f} {name}"]
+    rows += [f"        {value / unit:>10,.1f}    {cause}" for cause, value in parts.items()]
+    return rows
+
+
+def masked(pieces: Sequence[tuple[str, bool]]) -> str:
+    """Return text on one line, with brackets around every run that counts in the loss."""
+    out: list[str] = []
+    inside = False
+    for text, is_target in pieces:
+        if is_target != inside:
+            out.append("[" if is_target else "]")
+            inside = is_target
+        out.append(text.replace("\n", "\\n"))
+    return "".join(out) + ("]" if inside else "")

@@ -1,0 +1,521 @@
+"""The steps of one run, each resumable: score, select, tune, evaluate, report.
+
+Every step reads what earlier steps left on disk, does what is missing, and puts itself on record in
+run.json. The same command again goes on where the last one stopped.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selectune.arms import (
+    BASE,
+    SELECTED,
+    TunedArm,
+    choose,
+    control_selection,
+    evaluate_arm,
+    tune_arm,
+)
+from selectune.errors import ConfigError, CorruptFileError, SelectuneError
+from selectune.evaluation import Evaluation, Verdict, verdict
+from selectune.files import KillPoint, kill_point, lock, open_dir, sweep, write_file
+from selectune.ground import Ground, digest
+from selectune.measure import Measured
+from selectune.models import load_tuned
+from selectune.plan import Plan, make_plan
+from selectune.progress import Progress, Silent
+from selectune.recipe import Recipe
+from selectune.record import Record, check_file, read_run
+from selectune.report import write_report
+from selectune.scoring import score_pool
+from selectune.selection import Scores, Selection
+from selectune.story import tell
+
+SCORES = "scores.parquet"
+CHOSEN = ("selected.jsonl", "selected.parquet")
+_MEANING = b"selectune"  # key of our facts in a parquet file's metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step found: plain values for a program, sentences for a person."""
+
+    facts: Mapping[str, Any]
+    text: Sequence[str] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return dict(self.facts)
+
+    def lines(self) -> list[str]:
+        """Return it as lines for a person."""
+        return list(self.text)
+
+
+class Run:
+    """One run of a recipe in a folder.
+
+    Args:
+        recipe: what to do.
+        out: the run's folder; made when missing.
+        shared: a folder for work that several runs have in common (`compare` gives one).
+        tasks: the target tasks this run is about; None for all.
+        allow: recipe keys that may differ from what the folder was made with; "data" allows
+            changed files.
+        progress: told of every long step.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        out: Path,
+        shared: Path | None = None,
+        tasks: Sequence[str] | None = None,
+        allow: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        self.recipe, self.out = recipe, out
+        self._allow = allow
+        self.ground = Ground(
+            recipe,
+            out,
+            shared=shared,
+            tasks=tasks,
+            allow=allow,
+            progress=progress or Silent(),
+        )
+        self._scores: Scores | None = None
+        self._is_locked = False
+
+    def plan(self) -> Plan:
+        """Say what would train, on what, at what price; nothing is written."""
+        return make_plan(self.ground)
+
+    def score(self) -> Outcome:
+        """Score every candidate."""
+        with self._writing():
+            scores = self._ensure_scores()
+            entry = self._record.entry("score")
+            facts = {"scores": str(self.out / SCORES), **(entry["facts"] if entry else {})}
+            return Outcome(facts, [_told(scores), f"scores: {self.out / SCORES}"])
+
+    def select(self) -> Outcome:
+        """Choose examples within the budget."""
+        with self._writing():
+            selection = self._ensure_selection()
+            by_source = _count_sources(self.ground, selection)
+            facts = {
+                "n_selected": len(selection),
+                "n_pool": len(selection.universe),
+                "by_source": by_source,
+                "files": [str(self.out / name) for name in CHOSEN],
+            }
+            mix = ", ".join(f"{source} {n}" for source, n in by_source.items())
+            text = [
+                f"{len(selection)} of {len(selection.universe)} pool examples chosen: {mix}",
+                f"files: {self.out / CHOSEN[0]}, {self.out / CHOSEN[1]}",
+            ]
+            return Outcome(facts, text)
+
+    def tune(self) -> Outcome:
+        """Tune an adapter on the selection, and one per control."""
+        with self._writing():
+            arms = self._ensure_arms()
+            facts = {
+                a.name: {
+                    "path": str(a.path),
+                    "n_examples": a.n_examples,
+                    "n_steps": a.result.n_steps,
+                    "last_loss": a.result.losses[-1][1],
+                }
+                for a in arms
+            }
+            text = [
+                f"{a.name}: {a.n_examples} examples, {a.result.n_steps} steps, training loss "
+                f"{a.result.losses[0][1]:.3f} -> {a.result.losses[-1][1]:.3f}, adapter {a.path}"
+                for a in arms
+            ]
+            return Outcome({"arms": facts}, text)
+
+    def evaluate(self) -> Outcome:
+        """Ask base and arms the held-out questions, and compare.
+
+        Raises:
+            ConfigError: the recipe names no held-out data.
+        """
+        if self.recipe.data.heldout is None:
+            raise ConfigError(
+                "there is nothing to evaluate on",
+                where="data.heldout",
+                why="the recipe names no held-out examples",
+                do="give data.heldout: examples of the task that neither pool nor target holds",
+            )
+        with self._writing():
+            answers = self._ensure_answers()
+            found = self._verdict(answers)
+            return Outcome(_evaluation_facts(answers, found), _evaluation_lines(answers, found))
+
+    def report(self) -> Outcome:
+        """Write the report of what is there."""
+        with self._writing():
+            path = self._write_report()
+            return Outcome({"report": str(path)}, [f"report: {path}"])
+
+    def all(self) -> Outcome:
+        """Do every step, and end with a plain verdict."""
+        with self._writing():
+            selection = self._ensure_selection()
+            self._ensure_arms()
+            facts: dict[str, Any] = {"n_selected": len(selection)}
+            text = [f"{len(selection)} of {len(selection.universe)} pool examples chosen"]
+            if self.recipe.data.heldout is not None:
+                answers = self._ensure_answers()
+                found = self._verdict(answers)
+                facts |= _evaluation_facts(answers, found)
+                text += _evaluation_lines(answers, found)
+            else:
+                text.append("no verdict: data.heldout names no held-out examples")
+            path = self._write_report()
+            facts["report"] = str(path)
+            return Outcome(facts, [*text, f"report: {path}"])
+
+    def answers(self) -> dict[str, dict[str, Evaluation]]:
+        """Do what is missing up to the evaluation; return arm -> task -> answers."""
+        with self._writing():
+            return self._ensure_answers()
+
+    @cached_property
+    def _record(self) -> Record:
+        return Record(self.out, self.recipe, self._allow)
+
+    def _writing(self) -> ExitStack:
+        """Hold the folder for this process while a step writes into it."""
+        stack = ExitStack()
+        if not self._is_locked:
+            stack.enter_context(lock(self.out))
+            sweep(self.out)
+            self._is_locked = True
+            stack.callback(self._unlock)
+        _ = self._record
+        return stack
+
+    def _unlock(self) -> None:
+        self._is_locked = False
+
+    def _score_fingerprint(self) -> str:
+        recipe = self.recipe
+        return digest(
+            {
+                "model": recipe.model.model_dump(mode="json"),
+                "adapter": recipe.adapter.model_dump(mode="json"),
+                "warmup": recipe.warmup.model_dump(mode="json"),
+                "tune": recipe.tune.model_dump(mode="json", exclude={"controls"}),
+                "score": recipe.score.model_dump(mode="json"),
+                "data": [recipe.data.max_length, recipe.data.loss_on],
+                "tokens": self.ground.tokens.fingerprint,
+                "tasks": self.ground.tasks,
+                "seed": recipe.seed,
+            }
+        )
+
+    def _ensure_scores(self) -> Scores:
+        if self._scores is not None:
+            return self._scores
+        fingerprint = self._score_fingerprint()
+        path = self.out / SCORES
+        if self._record.done("score", fingerprint) is not None:
+            self._scores = _read_scores(path)
+            self._recall_costs()
+            return self._scores
+        section = self.recipe.score
+        with Measured() as measured:
+            scores = score_pool(self.ground, section.method, dict(section.options))
+        _write_scores(path, scores)
+        facts = {"method": scores.method, "n": len(scores), "about": dict(scores.about)}
+        facts["costs"] = dict(self.ground.costs)
+        self._record.write("score", fingerprint, cost=measured, files=[SCORES], facts=facts)
+        kill_point(KillPoint.SCORES_DONE)
+        self._scores = scores
+        return scores
+
+    def _recall_costs(self) -> None:
+        for entry in self._record.steps.values():
+            self.ground.costs |= entry["facts"].get("costs", {})
+
+    def _ensure_selection(self) -> Selection:
+        scores = self._ensure_scores()
+        fingerprint = digest(
+            {
+                "scores": self._score_fingerprint(),
+                "select": self.recipe.select.model_dump(mode="json"),
+                "dropped": self.ground.dropped,
+            }
+        )
+        folder = self.out / "selection"
+        if self._record.done("select", fingerprint) is not None:
+            return Selection.from_pretrained(folder, fingerprint=fingerprint)
+        with Measured() as measured:
+            selection = choose(self.ground, scores, fingerprint)
+            selection.save_pretrained(folder)
+            _write_chosen(self.out, self.ground, scores, selection)
+        facts = {"n_selected": len(selection), "by_source": _count_sources(self.ground, selection)}
+        self._record.write("select", fingerprint, cost=measured, files=CHOSEN, facts=facts)
+        kill_point(KillPoint.SELECTION_DONE)
+        return selection
+
+    def _ensure_arms(self) -> list[TunedArm]:
+        selection = self._ensure_selection()
+        arms = [tune_arm(self.ground, SELECTED, selection)]
+        for name in self.recipe.tune.controls:
+            arms.append(tune_arm(self.ground, name, control_selection(self.ground, name)))
+        lines = [
+            json.dumps({"arm": arm.name, "step": step, "loss": loss})
+            for arm in arms
+            for step, loss in arm.result.losses
+        ]
+        write_file(self.out / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
+        facts = {
+            arm.name: {
+                "path": str(arm.path),
+                "n_examples": arm.n_examples,
+                "n_steps": arm.result.n_steps,
+                "n_trainable": arm.result.n_trainable,
+                "n_moved": arm.result.n_moved,
+            }
+            for arm in arms
+        }
+        cost = {
+            "seconds": sum(arm.result.seconds for arm in arms),
+            "peak_bytes": max(arm.result.peak_bytes for arm in arms),
+        }
+        fingerprint = digest({"selection": selection.fingerprint, "arms": facts})
+        self._record.write(
+            "tune", fingerprint, cost=cost, files=["metrics.jsonl"],
+            facts={"arms": facts, "costs": dict(self.ground.costs)},
+        )  # fmt: skip
+        return arms
+
+    def _ensure_answers(self) -> dict[str, dict[str, Evaluation]]:
+        arms = self._ensure_arms()
+        questions = {
+            task: self.ground.prepared.heldout[task]
+            for task in self.ground.tasks
+            if task in self.ground.prepared.heldout
+        }
+        paths: dict[str, Path | None] = {BASE: None, **{arm.name: arm.path for arm in arms}}
+        answers = {
+            name: evaluate_arm(self.ground, name, path, questions) for name, path in paths.items()
+        }
+        found = self._verdict(answers)
+        facts = _evaluation_facts(answers, found)
+        if self.recipe.evaluate.lm_eval:
+            facts["lm_eval"] = self._lm_eval(paths)
+        text = json.dumps(facts, indent=2, ensure_ascii=False)
+        write_file(self.out / "evaluation.json", text.encode())
+        fingerprint = digest({"facts": facts})
+        self._record.write(
+            "evaluate", fingerprint, cost={}, files=["evaluation.json"],
+            facts={"costs": dict(self.ground.costs)},
+        )  # fmt: skip
+        return answers
+
+    def _lm_eval(self, paths: Mapping[str, Path | None]) -> dict[str, Any]:
+        from selectune.evaluation.harness import run_lm_eval
+
+        found: dict[str, Any] = {}
+        for name, path in paths.items():
+            base = self.ground.base()
+            model = base.model if path is None else load_tuned(base, path)
+            found[name] = run_lm_eval(
+                model,
+                base.tokenizer,
+                self.recipe.evaluate.lm_eval,
+                max_length=self.recipe.data.max_length,
+                limit=self.recipe.evaluate.limit,
+                seed=self.recipe.seed,
+            )
+        return found
+
+    def _verdict(self, answers: Mapping[str, Mapping[str, Evaluation]]) -> Verdict:
+        def joined(arm: str) -> Evaluation | None:
+            return together(answers[arm]) if arm in answers else None
+
+        selected = joined(SELECTED)
+        assert selected is not None
+        return verdict(
+            selected,
+            joined("random"),
+            joined(BASE),
+            n_boot=self.recipe.evaluate.intervals,
+            seed=self.recipe.seed,
+        )
+
+    def _write_report(self) -> Path:
+        scores, selection = self._ensure_scores(), self._ensure_selection()
+        arms = self._ensure_arms() if self._record.entry("tune") else []
+        answers = self._ensure_answers() if self._record.entry("evaluate") else {}
+        found = self._verdict(answers) if answers else None
+        data = tell(
+            self.ground,
+            scores=scores,
+            selection=selection,
+            arms=arms,
+            answers=answers,
+            verdict=found,
+            run=self._record.to_json(),
+        )
+        path = write_report(self.out, data)
+        kill_point(KillPoint.REPORT_DONE)
+        return path
+
+
+def together(by_task: Mapping[str, Evaluation]) -> Evaluation:
+    """Return the answers to all tasks as one table; ids stay apart by task."""
+    tables: list[pa.Table] = []
+    for task, found in by_task.items():
+        ids = [f"{task}/{i}" for i in found.table["id"].to_pylist()]
+        at = found.table.schema.get_field_index("id")
+        tables.append(found.table.set_column(at, "id", pa.array(ids, pa.string())))
+    left_out = tuple(i for found in by_task.values() for i in found.left_out)
+    return Evaluation(pa.concat_tables(tables), left_out)
+
+
+def _write_scores(path: Path, scores: Scores) -> None:
+    meaning = json.dumps({"method": scores.method, "about": dict(scores.about)})
+    table = scores.to_table().replace_schema_metadata({_MEANING: meaning.encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_file(path, sink.getvalue().to_pybytes())
+
+
+def _read_scores(path: Path) -> Scores:
+    try:
+        table = pq.read_table(pa.BufferReader(path.read_bytes()))
+        meaning = json.loads(table.schema.metadata[_MEANING])
+        return Scores.from_table(table, meaning["method"], meaning["about"])
+    except (pa.ArrowInvalid, KeyError, ValueError, TypeError) as error:
+        raise CorruptFileError(
+            "the scores cannot be read", where=str(path), why=str(error), do="score again"
+        ) from error
+
+
+def _write_chosen(out: Path, ground: Ground, scores: Scores, selection: Selection) -> None:
+    place = {i: n for n, i in enumerate(scores.ids)}
+    rows: list[dict[str, Any]] = []
+    for example in ground.prepared.chosen(selection):
+        n = place[example.id]
+        rows.append(
+            {
+                "id": example.id,
+                "rank": len(rows) + 1,
+                "score": float(scores.score[n]),
+                "source": example.source,
+                "best_target": scores.best_target[n] if scores.best_target else None,
+                "reason": selection.reasons.get(example.id, ""),
+            }
+        )
+    chosen = ground.prepared.chosen(selection)
+    lines = [
+        json.dumps({**example.extra, "selectune": row}, ensure_ascii=False, default=str)
+        for example, row in zip(chosen, rows, strict=True)
+    ]
+    write_file(out / CHOSEN[0], ("\n".join(lines) + "\n").encode())
+    contents = [json.dumps(dict(e.content), ensure_ascii=False) for e in chosen]
+    table = pa.Table.from_pylist(rows).append_column("content", pa.array(contents, pa.string()))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_file(out / CHOSEN[1], sink.getvalue().to_pybytes())
+
+
+def _count_sources(ground: Ground, selection: Selection) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for example_id in selection.ids:
+        source = ground.prepared.sources[example_id]
+        counts[source] = counts.get(source, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _told(scores: Scores) -> str:
+    tasks = scores.about.get("tasks", {})
+    ranks = {task: about["rank"] for task, about in tasks.items() if "rank" in about}
+    said = f"{len(scores)} examples scored by {scores.method}"
+    if ranks:
+        said += ", rank " + ", ".join(f"{rank} ({task})" for task, rank in ranks.items())
+    return said
+
+
+def _evaluation_facts(
+    answers: Mapping[str, Mapping[str, Evaluation]], found: Verdict
+) -> dict[str, Any]:
+    arms = {
+        arm: {task: one.to_json() for task, one in by_task.items()}
+        for arm, by_task in answers.items()
+    }
+    return {"verdict": found.to_json(), "arms": arms}
+
+
+def _evaluation_lines(
+    answers: Mapping[str, Mapping[str, Evaluation]], found: Verdict
+) -> list[str]:
+    lines = [f"{'arm':<14}{'task':<12}{'answer loss':>12}{'accuracy':>10}{'n':>6}"]
+    for arm, by_task in answers.items():
+        for task, one in by_task.items():
+            share = "-" if one.accuracy is None else f"{one.accuracy:.3f}"
+            lines.append(f"{arm:<14}{task:<12}{one.answer_loss:>12.3f}{share:>10}{one.n:>6}")
+    lines += ["", found.text]
+    lines += [f"  try: {advice}" for advice in found.advice]
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify` found."""
+
+    ok: bool
+    problems: tuple[str, ...]
+
+
+def verify(out: Path) -> Verification:
+    """Check every file of a run against its checksums, and run.json for every field.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    if not (out / "run.json").exists():
+        raise ConfigError(
+            f"no run in {out}",
+            where=str(out),
+            why="a run's folder holds run.json",
+            do="give the folder that a recipe's `output` names",
+        )
+    problems: list[str] = []
+    try:
+        run = read_run(out)
+    except SelectuneError as error:
+        return Verification(False, (str(error),))
+    for step in run["steps"].values():
+        for name, expected in step["files"].items():
+            try:
+                check_file(out / name, expected)
+            except SelectuneError as error:
+                problems.append(str(error))
+    for manifest in sorted(out.rglob("manifest.json")):
+        try:
+            kind = json.loads(manifest.read_bytes())["format"].removeprefix("selectune/")
+            opened = open_dir(manifest.parent, kind=kind)
+            for name in opened.names:
+                opened.read_bytes(name)
+        except SelectuneError as error:
+            problems.append(str(error))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{manifest}: no manifest of ours ({error})")
+    return Verification(not problems, tuple(problems))

@@ -1,0 +1,144 @@
+"""Every document's code blocks run, and every recipe that ships loads.
+
+A block says after its language what happens to it: `bash run` and `python run` blocks of one
+document are executed in order, in a folder made by `workspace.make_workspace`; `bash show` and
+`python show` are only read; `yaml recipe` must load.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from workspace import make_workspace
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+RECIPES = sorted(
+    [*(ROOT / "src/selectune/recipes").glob("*.y*ml"), *ROOT.glob("recipes/**/*.y*ml")]
+)
+_FENCE = re.compile(r"^ *```(?P<info>[^\n`]*)\n(?P<text>.*?)^ *```\s*$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    language: str
+    use: str
+    text: str
+    line: int
+
+
+def blocks(document: Path) -> Iterator[Block]:
+    text = document.read_text(encoding="utf-8")
+    for found in _FENCE.finditer(text):
+        language, _, use = found["info"].strip().partition(" ")
+        yield Block(language, use, found["text"], text.count("\n", 0, found.start()) + 1)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program where `selectune` is this checkout's, and return what it said."""
+    programs = folder / ".programs"
+    programs.mkdir(exist_ok=True)
+    for name, words_of in (("selectune", "-m selectune"), ("python", "")):
+        shim = programs / name
+        shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words_of} "$@"\n')
+        shim.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{os.environ['PYTHONPATH']}",
+        "XDG_CACHE_HOME": str(folder / ".cache"),
+    }
+    return subprocess.run(
+        words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_shell_and_python_block_says_whether_it_runs(document: Path) -> None:
+    unmarked = [
+        block.line
+        for block in blocks(document)
+        if block.language in ("bash", "sh", "console", "shell", "python")
+        and (block.language not in ("bash", "python") or block.use not in ("run", "show"))
+    ]
+    assert not unmarked, f'{document.name}: write "bash run" or "bash show" at lines {unmarked}'
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_the_blocks_of_a_document_run_in_order(document: Path, tmp_path: Path) -> None:
+    runnable = [block for block in blocks(document) if block.use == "run"]
+    if not runnable:
+        return
+    make_workspace(tmp_path)
+    for block in runnable:
+        interpreter = ["bash", "-euo", "pipefail"] if block.language == "bash" else [sys.executable]
+        done = run([*interpreter, "-c", block.text], tmp_path)
+        assert done.returncode == 0, f"{document.name}:{block.line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_verb_that_a_document_names_exists(document: Path) -> None:
+    from selectune.cli.app import app
+
+    verbs = {command.name for command in app.registered_commands}
+    shell = [block for block in blocks(document) if block.language == "bash"]
+    named = {
+        found[1]
+        for block in shell
+        for found in re.finditer(r"^\s*(?:\S*/)?selectune ([a-z]\w*)", block.text, re.MULTILINE)
+    }
+    assert named <= verbs
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_recipe_in_a_document_loads(document: Path, tmp_path: Path) -> None:
+    from selectune.recipe import load_recipe
+
+    for block in blocks(document):
+        if (block.language, block.use) == ("yaml", "recipe"):
+            path = tmp_path / f"line{block.line}.yaml"
+            path.write_text(block.text, encoding="utf-8")
+            load_recipe(path, [])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_every_shipped_recipe_loads(recipe: Path) -> None:
+    from selectune.recipe import load_recipe
+
+    assert load_recipe(recipe, []).model.base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_every_shipped_recipe_runs_on_a_tiny_model(recipe: Path, tmp_path: Path) -> None:
+    make_workspace(tmp_path)
+    written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    targets = written["data"]["target"]
+    names = list(targets) if isinstance(targets, dict) else []
+    small = [
+        "output=out",
+        "model.base=model",
+        "data.pool=pool.jsonl",
+        "select.budget=0.2",
+        "tune.epochs=1",
+        "evaluate.intervals=200",
+        *(f"data.target.{name}=target.jsonl" for name in names),
+        *(f"data.heldout.{name}=heldout.jsonl" for name in names),
+    ]
+    if not names:
+        small += ["data.target=target.jsonl", "data.heldout=heldout.jsonl"]
+    if "matrix" in written:
+        small += ["matrix.seeds=[0]"]
+    verb = "compare" if "matrix" in written else "run"
+    done = run(["selectune", verb, str(recipe), *small], tmp_path)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -1,0 +1,193 @@
+import hashlib
+import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from selectune.data.tokens import Tokens
+from selectune.errors import ConfigError, DataError, IncompatibleRunError, TrainingError
+from selectune.training import TuneResult
+
+Run = Callable[..., TuneResult]
+
+
+def digests(model: nn.Module, *, of_trained: bool) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(p.detach().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, p in model.named_parameters()
+        if p.requires_grad is of_trained
+    }
+
+
+def last_block_only(tiny: ModuleType) -> nn.Module:
+    model = tiny.tiny_llama()
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1." in name)
+    return model
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+@pytest.mark.parametrize("kind", ["adapter", "block"])
+def test_frozen_weights_stay_bit_identical_and_the_others_move(
+    run: Run, tiny: ModuleType, precision: str, trainer: str, kind: str
+) -> None:
+    model = tiny.tiny_lora() if kind == "adapter" else last_block_only(tiny)
+    if precision == "bfloat16":
+        model.to(torch.bfloat16)
+    before = digests(model, of_trained=False)
+    started = digests(model.float(), of_trained=True) if precision == "float32" else {}
+    options = tiny.section(trainer=trainer, weight_decay=0.1)
+    result = run(model=model, options=options, precision=precision)
+    assert digests(model, of_trained=False) == before
+    assert all(p.dtype is torch.float32 for p in model.parameters() if p.requires_grad)
+    assert result.n_moved > 0.9 * result.n_trainable
+    after = digests(model, of_trained=True)
+    assert all(after[name] != digest for name, digest in started.items())
+
+
+def test_same_inputs_give_the_same_bytes_and_another_seed_does_not(
+    run: Run, tiny: ModuleType
+) -> None:
+    one, two = run("one"), run("two")
+    other = run("other", seed=4)
+    assert one.losses == two.losses != other.losses
+    assert tiny.weights(one.path) == tiny.weights(two.path) != tiny.weights(other.path)
+    config = (one.path / "adapter_config.json").read_text()
+    assert config == (two.path / "adapter_config.json").read_text()
+    assert json.loads(config)["target_modules"] == sorted(tiny.MODULES)
+
+
+def test_global_random_numbers_do_not_matter(run: Run, tiny: ModuleType) -> None:
+    one = run("one")
+    model = tiny.tiny_lora()
+    torch.rand(7)
+    np.random.rand(3)
+    assert tiny.weights(run("two", model).path) == tiny.weights(one.path)
+
+
+def test_every_step_is_logged_and_nothing_else_is_said(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = []
+    result = run(log=rows.append)
+    assert rows[0] == {"arm": "gist", "start": 0, "n_steps": 6}
+    assert [(row["step"], row["loss"]) for row in rows[1:]] == result.losses
+    assert all(
+        row.keys() == {"arm", "step", "loss", "learning_rate", "grad_norm"} for row in rows[1:]
+    )
+    assert [step for step, _ in result.losses] == [1, 2, 3, 4, 5, 6]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "block"])
+def test_a_finished_run_is_reused_and_the_model_holds_its_weights(
+    run: Run, tiny: ModuleType, kind: str
+) -> None:
+    def model() -> nn.Module:
+        return tiny.tiny_lora() if kind == "adapter" else last_block_only(tiny)
+
+    first, second, rows = model(), model(), []
+    result = run(model=first)
+    assert run(model=second, log=rows.append) == result
+    assert rows == []
+    assert digests(first, of_trained=True) == digests(second, of_trained=True)
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_the_saved_adapter_gives_the_logits_of_the_trained_model(
+    run: Run, tiny: ModuleType, trainer: str
+) -> None:
+    model, ids = tiny.tiny_lora(), torch.arange(1, 9)[None]
+    model.eval()
+    result = run(model=model, options=tiny.section(trainer=trainer))
+    with tiny.quiet_peft():
+        loaded = PeftModel.from_pretrained(tiny.tiny_llama(), str(result.path)).eval()
+    assert not model.training
+    assert "forward" not in model.__dict__
+    assert "forward" not in model.get_base_model().__dict__
+    assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("state", ["finished", "stopped"])
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("fingerprint", {"fingerprint": "another base"}),
+        ("seed", {"seed": 4}),
+        ("pad_id", {"pad_id": 5}),
+        ("examples", {"items": "fewer"}),
+        ("tune.learning_rate", {"options": {"learning_rate": 2e-2}}),
+        ("tune.epochs", {"options": {"epochs": 3}}),
+    ],
+)
+def test_another_run_does_not_take_over_what_it_did_not_make(
+    run: Run, tiny: ModuleType, state: str, key: str, change: dict[str, Any]
+) -> None:
+    def stop(row: dict[str, Any]) -> None:
+        if state == "stopped" and row.get("step") == 3:
+            raise ZeroDivisionError
+
+    try:
+        run(log=stop)
+    except ZeroDivisionError:
+        assert state == "stopped"
+    if "items" in change:
+        change = {"items": tiny.tiny_items(10)}
+    if "options" in change:
+        change = {"options": tiny.section(**change["options"])}
+    with pytest.raises(IncompatibleRunError, match=rf"\b{key} differ"):
+        run(**change)
+
+
+def test_how_often_to_save_may_change(run: Run, tiny: ModuleType) -> None:
+    result = run()
+    assert run(options=tiny.section(save_every=None, keep_checkpoints=5)) == result
+
+
+def test_only_the_newest_checkpoints_stay(run: Run, tiny: ModuleType) -> None:
+    result = run(options=tiny.section(save_every=1, keep_checkpoints=2))
+    names = sorted(path.name for path in result.path.parent.iterdir())
+    assert names == ["adapter", "checkpoint-5", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_a_loss_that_is_no_number_names_the_example(
+    run: Run, tiny: ModuleType, trainer: str
+) -> None:
+    model = tiny.tiny_lora()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[63] = float("nan")  # no other example has this token
+    bad = Tokens("broken-example", np.array([63, 2, 3]), np.array([False, False, True]))
+    with pytest.raises(TrainingError, match=r"where:  example broken-example\n"):
+        run(model=model, items=[*tiny.tiny_items(), bad], options=tiny.section(trainer=trainer))
+
+
+def test_weights_that_do_not_move_are_an_error(run: Run, tiny: ModuleType) -> None:
+    with pytest.raises(TrainingError, match=r"none of the .* weights moved in 6 steps"):
+        run(options=tiny.section(learning_rate=1e-30))
+
+
+def test_a_run_of_one_step_moves(run: Run, tiny: ModuleType) -> None:
+    result = run(options=tiny.section(epochs=1, batch_size=16))
+    assert result.n_steps == 1
+    assert result.n_moved > 0
+
+
+def test_an_example_without_a_target_is_refused(run: Run, tiny: ModuleType) -> None:
+    empty = Tokens("no-target", np.array([1, 2]), np.array([True, False]))
+    with pytest.raises(DataError, match="no-target"):
+        run(items=[*tiny.tiny_items(), empty])
+    with pytest.raises(DataError, match="no example"):
+        run(items=[])
+
+
+def test_a_model_with_nothing_to_train_is_refused(run: Run, tiny: ModuleType) -> None:
+    with pytest.raises(ConfigError, match="no weight"):
+        run(model=tiny.tiny_llama().requires_grad_(False))
