@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 _GUARD = Path(__file__).parent / "guard"
+_SOURCE = Path(__file__).parents[1] / "src"
 sys.path.insert(0, str(_GUARD))
 import sitecustomize as _guard  # noqa: E402  (any other file of that name has run by now)
 
@@ -22,7 +23,7 @@ if Path(_guard.__file__ or "").parent != _GUARD:
 # Set before torch, transformers and datasets are imported anywhere, and inherited by children.
 os.environ.update(
     PYTHONPATH=os.pathsep.join(
-        part for part in (str(_GUARD), os.environ.get("PYTHONPATH", "")) if part
+        part for part in (str(_GUARD), str(_SOURCE), os.environ.get("PYTHONPATH", "")) if part
     ),
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",

@@ -24,18 +24,7 @@ from selectune.report import Verdict as Told
 from selectune.selection import Scores, Selection
 
 _SHOWN = 8
-_METRICS: Mapping[Metric, str] = {
-    "answer_loss": "answer_loss",
-    "correct_norm": "accuracy_norm",
-    "correct_raw": "accuracy_raw",
-}
-_CODES = {
-    "better_than_random": "better",
-    "no_better_than_random": "no_better",
-    "no_better_than_base": "no_better",
-    "worse_than_random": "worse",
-    "worse_than_base": "worse",
-}
+_METRICS: tuple[Metric, ...] = ("answer_loss", "correct_norm", "correct_raw")
 
 
 def tell(
@@ -54,11 +43,6 @@ def tell(
     lengths = {t.id: len(t.input_ids) for t in ground.tokens.pool}
     tasks = scores.about.get("tasks", {})
     energy = scores.columns.get("energy")
-    told = (
-        Told(text=verdict.text, code=_CODES.get(verdict.code, verdict.code), advice=verdict.advice)
-        if verdict
-        else None
-    )
     ranking = scores.ranking()
     entry = get("data_scorer", scores.method)
     reasons = [reason.split(":")[0] for reason in ground.dropped.values()]
@@ -73,7 +57,9 @@ def tell(
         ),
         selected_ids=selection.ids,
         recipe_yaml=recipe.resolved_yaml(),
-        verdict=told,
+        verdicts={"": Told(text=verdict.text, code=verdict.code, advice=verdict.advice)}
+        if verdict
+        else {},
         facts={
             "base model": recipe.model.base,
             "targets": ", ".join(f"{t} ({len(ground.prepared.targets[t])})" for t in ground.tasks),
@@ -108,7 +94,7 @@ def _levels(ground: Ground, answers: Mapping[str, Mapping[str, Evaluation]]) -> 
     levels: list[Level] = []
     for arm, by_task in answers.items():
         for task, found in by_task.items():
-            for metric, name in _METRICS.items():
+            for metric in _METRICS:
                 if metric != "answer_loss" and found.accuracy is None:
                     continue
                 interval = mean_interval(found, metric, n_boot=ground.recipe.evaluate.intervals)
@@ -116,7 +102,7 @@ def _levels(ground: Ground, answers: Mapping[str, Mapping[str, Evaluation]]) -> 
                     Level(
                         arm=arm,
                         task=task,
-                        metric=name,
+                        metric=metric,
                         n=interval.n,
                         value=interval.mean_difference,
                         low=interval.low,
@@ -132,7 +118,7 @@ def _differences(
     found: list[Difference] = []
     for other in (name for name in answers if name != SELECTED):
         for task, mine in answers[SELECTED].items():
-            for metric, name in _METRICS.items():
+            for metric in _METRICS:
                 if metric != "answer_loss" and mine.accuracy is None:
                     continue
                 interval = compare_paired(
@@ -147,7 +133,7 @@ def _differences(
                         arm=SELECTED,
                         against=other,
                         task=task,
-                        metric=name,
+                        metric=metric,
                         n=interval.n,
                         value=interval.mean_difference,
                         low=interval.low,
@@ -202,7 +188,7 @@ def _phases(ground: Ground, arms: Sequence[TunedArm]) -> list[Phase]:
         phases.append(
             Phase(
                 name=name,
-                seconds=cost["seconds"],
+                seconds=float(cost["seconds"]),
                 peak_bytes=cost["peak_bytes"],
                 pool_epochs=epochs,
             )

@@ -30,10 +30,11 @@ def scenario(root: Path, generation: int) -> None:
                 stage.write_json("facts.json", {"generation": generation})
                 stage.write_bytes("deep/payload.bin", payload(generation))
                 (stage.path / "foreign.txt").write_text(f"{generation}")
-        write_file(root / "single.txt", payload(generation))
         have = len(read_lines(root / "lines.jsonl"))
         for step in range(have, N_STEPS):
             append_line(root / "lines.jsonl", {"step": step})
+        # Last: nothing after it syncs `root` by chance, where the name of `parts` stands.
+        write_file(root / "parts" / "single.txt", payload(generation))
 
 
 def payload(generation: int) -> bytes:
@@ -53,8 +54,8 @@ def observe(root: Path) -> tuple[int, int, int]:
         assert opened.read_bytes("deep/payload.bin") == payload(result)
         assert opened.read_text("foreign.txt") == str(result)
     single = 0
-    if (root / "single.txt").exists():
-        data = (root / "single.txt").read_bytes()
+    if (root / "parts" / "single.txt").exists():
+        data = (root / "parts" / "single.txt").read_bytes()
         single = data[0] - 48
         assert data == payload(single)
     lines = read_lines(root / "lines.jsonl")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from crash.scenario import observe, scenario, tree
-from selectune.files import disk, rundir, single, stage
+from selectune.files import KillPoint, disk, kill_point, rundir, single, stage
 
 CALLS = ("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "ftruncate")
 
@@ -115,19 +115,38 @@ class Recorder:
                 setattr(os, name, call)
 
 
-def record(root: Path, generation: int) -> Recorder:
+class KilledError(BaseException):
+    """Stands for a kill: raised where no clean-up is left to run."""
+
+
+def record(root: Path, generation: int, *, kill_after_rename: bool = False) -> Recorder:
     recorder = Recorder(root)
+
+    def kill(point: KillPoint) -> None:
+        if point is KillPoint.PROMOTE_RENAMED:
+            raise KilledError
+
     with pytest.MonkeyPatch.context() as patch:
         for name in CALLS:
             patch.setattr(os, name, recorder.wrap(name, getattr(os, name)))
+        if kill_after_rename:
+            patch.setattr(stage, "kill_point", kill)
+            with pytest.raises(KilledError):
+                scenario(root, generation)
+            patch.setattr(stage, "kill_point", kill_point)
         scenario(root, generation)
     return recorder
 
 
+@pytest.mark.parametrize("kill_after_rename", [False, True], ids=["unbroken", "killed before"])
 @pytest.mark.parametrize("names_kept", [False, True], ids=["names lost", "names kept"])
 @pytest.mark.parametrize("starts_with_older", [False, True], ids=["fresh", "replacing"])
 def test_after_a_power_cut_a_result_is_old_or_new(
-    starts_with_older: bool, names_kept: bool, fast_dir: Path, undisturbed: dict[str, bytes]
+    starts_with_older: bool,
+    names_kept: bool,
+    kill_after_rename: bool,
+    fast_dir: Path,
+    undisturbed: dict[str, bytes],
 ) -> None:
     root = fast_dir / "root"
     root.mkdir()
@@ -136,7 +155,7 @@ def test_after_a_power_cut_a_result_is_old_or_new(
         lines = (root / "lines.jsonl").read_bytes().splitlines(keepends=True)
         (root / "lines.jsonl").write_bytes(lines[0])
     old = observe(root)
-    recorder = record(root, 2)
+    recorder = record(root, 2, kill_after_rename=kill_after_rename)
     newest = 0
     for moment in range(len(recorder.moments)):
         found = fast_dir / "found"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from workspace import make_workspace
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,6 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{os.environ['PYTHONPATH']}",
         "XDG_CACHE_HOME": str(folder / ".cache"),
     }
     return subprocess.run(

@@ -439,6 +439,25 @@ def test_lines_cut_off_anywhere_are_whole_after_the_next_append(
     assert read_lines(file) == [*lines[:n_whole], {"step": 1}]
 
 
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_line_that_the_disk_refuses_leaves_the_file_as_it_was(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    append_line(file, {"step": 1})
+    whole = file.read_bytes()
+    real = os.write
+
+    def tear(fd: int, data: bytes = b"") -> None:
+        real(fd, data[:3])
+        raise no_space()
+
+    monkeypatch.setattr(os, call, tear)
+    with pytest.raises(StorageError, match="full"):
+        append_line(file, {"step": 2})
+    assert file.read_bytes() == whole
+
+
 def test_a_second_writer_of_a_run_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
     with lock(tmp_path / "run"):
         with pytest.raises(StorageError, match=f"process {os.getpid()} on") as caught:

@@ -1,6 +1,6 @@
 """The forms a row may come in, and their one canonical form each."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from selectune.data.examples import Row
@@ -31,16 +31,17 @@ _ALPACA_INPUT = (
 )
 
 
-def find_form(columns: Iterable[str], origin: str) -> str:
-    """Return the form of a row with these columns.
+def find_form(row: Mapping[str, Any], origin: str) -> str:
+    """Return the form of a row by its columns, those that hold something going first.
 
     Raises:
         DataError: no form has these columns; the nearest names are offered.
     """
-    present = set(columns)
-    for form, needed in _NEEDED.items():
-        if needed <= present:
-            return form
+    present = {name for name, value in row.items() if value is not None}
+    for columns in (present, set(row)):
+        for form, needed in _NEEDED.items():
+            if needed <= columns:
+                return form
     wanted = "; ".join(f"{form}: {' + '.join(sorted(need))}" for form, need in _NEEDED.items())
     half = next((n for n in _NEEDED.values() if n & present), None)
     if half is not None:

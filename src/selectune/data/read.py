@@ -125,7 +125,7 @@ def _canonical(
             )
         raw = cast(Mapping[str, Any], entry)
         # Found once per file: a row of another form in the same file is more likely an accident.
-        here = here or find_form((k for k, v in raw.items() if v is not None), origin)
+        here = here or find_form(raw, origin)
         row = canonical_row(raw, here, origin=origin, stem=stem, name=name)
         found[here] += 1
         yield row

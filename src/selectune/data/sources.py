@@ -21,7 +21,7 @@ _HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w.-]+))?(?::([\w.\[\]%:+-]
 # Real text packs 3 to 20 times; a file that grows beyond this is broken or a trap.
 _MAX_INFLATION = 200
 _FREE_BYTES = 64 * 2**20
-_BATCH_ROWS = 256
+_BATCH_ROWS = 64  # few enough that one batch of long texts does not fill the memory
 # pyarrow's own errors derive from these, each from the one that fits.
 _READ_ERRORS = (OSError, ValueError, TypeError, KeyError, NotImplementedError, MemoryError)
 
@@ -135,13 +135,12 @@ def _csv_row(row: Mapping[Any, Any], where: str) -> Raw:
             where=where,
             do="put cells with a comma or a line break into double quotes",
         )
-    cells: dict[str, Any] = {str(k): v for k, v in row.items() if v}
+    cells: dict[str, Any] = {k: v or None for k, v in row.items()}
     for key in ("options", "messages", "conversations"):
-        if key in cells:
+        if cells.get(key):
             cells[key] = _parse(cells[key], where)
-    if "completion" in cells:
-        # The one field that may rightly be empty in every other format.
-        cells.setdefault("prompt", "" if "prompt" in row else None)
+    if "prompt" in cells:
+        cells["prompt"] = cells["prompt"] or ""  # the one needed field that may rightly be empty
     return where, cells
 
 

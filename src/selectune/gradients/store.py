@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectune.data import Tokens, collate, length_sorted_batches
@@ -54,7 +54,7 @@ class StoredPool:
     ids: tuple[str, ...]
     facts: GradientFacts
     losses: Float[np.ndarray, " n"]
-    n_target_tokens: Float[np.ndarray, " n"]
+    n_target_tokens: Int[np.ndarray, " n"]
     tasks: tuple[str, ...]
 
     def of_task(self, task: str) -> GradientFacts:

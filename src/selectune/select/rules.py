@@ -65,7 +65,7 @@ class Budget:
     tokens: int | None = None
 
     @classmethod
-    def of(cls, asked: float | str, n_pool: int) -> "Budget":
+    def of(cls, asked: float | int | str, n_pool: int) -> "Budget":
         """Return the budget that a recipe's 0.05, 500 or "20000 tokens" means for a pool.
 
         Raises:

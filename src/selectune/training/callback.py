@@ -58,7 +58,7 @@ class Watch(TrainerCallback):
         interrupts: Interrupts,
         is_cheap_to_save: bool,
         seconds: Callable[[], float],
-        last_step: int | None = None,
+        last_step: int,
     ) -> None:
         """Keep what the hooks need.
 
@@ -69,7 +69,7 @@ class Watch(TrainerCallback):
             interrupts: where a signal leaves its request.
             is_cheap_to_save: whether an interrupt may wait for one more checkpoint.
             seconds: training time so far, of earlier processes too.
-            last_step: where to end before the schedule does; None runs all of it.
+            last_step: where to end, perhaps before the schedule does.
         """
         self.name, self.log = name, log
         self.checkpoints, self.interrupts = checkpoints, interrupts
@@ -84,7 +84,7 @@ class Watch(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Say where this process starts, so that lines after that step can be dropped."""
-        self.log({"arm": self.name, "start": state.global_step, "n_steps": state.max_steps})
+        self.log({"arm": self.name, "start": state.global_step, "n_steps": self.last_step})
 
     def on_log(
         self,

@@ -75,6 +75,7 @@ class Checkpoint:
     path: Path
     step: int
     seconds: float
+    opened: files.Opened
 
 
 class Checkpoints:
@@ -116,7 +117,7 @@ class Checkpoints:
                     self.warn(f"{path.name} is damaged, using an older checkpoint: {error}")
                 else:
                     refuse_other(opened.meta["identity"], self.identity, where=path)
-                    return Checkpoint(path, step, float(opened.meta["seconds"]))
+                    return Checkpoint(path, step, float(opened.meta["seconds"]), opened)
             shutil.rmtree(path)
         return None
 

@@ -33,7 +33,7 @@ class Collate:
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """Return what the Trainer hands to `compute_loss`."""
         # datasets.Dataset gives a row as a mapping, a list as the index itself.
-        indices = [row["index"] if isinstance(row, dict) else row for row in rows]
+        indices: list[int] = [row if isinstance(row, int) else row["index"] for row in rows]
         batch = collate([self.items[i] for i in indices], pad_id=self.pad_id)
         return {
             "ids": batch.ids,
@@ -59,7 +59,7 @@ class TransformersArm(Trainer):
         """Build the trainer of the next class in line, then take its printing away."""
         self.batches = batches
         self.is_own_loss = not has_auxiliary_loss(model)
-        super().__init__(
+        super().__init__(  # pyright: ignore[reportUnknownMemberType]
             model=cast("Any", model),
             args=args,
             train_dataset=cast("Any", train_dataset),
@@ -79,7 +79,7 @@ class TransformersArm(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of `EpochBatches`."""
         loader: DataLoader[Any] = DataLoader(
-            cast("Any", self.train_dataset),
+            cast("Any", self.train_dataset),  # pyright: ignore[reportUnknownMemberType]
             batch_sampler=self.batches,
             collate_fn=cast("Any", self.data_collator),
         )
@@ -111,7 +111,7 @@ class TransformersArm(Trainer):
         nats, n_tokens = target_nll(model, batch)
         if num_items_in_batch is None:
             # A model whose forward takes no loss arguments: transformers averages over passes.
-            passes = cast("int", self.current_gradient_accumulation_steps)
+            passes = self.current_gradient_accumulation_steps
             loss = nats.sum() / n_tokens.sum() / passes
         else:
             loss = nats.sum() / num_items_in_batch
@@ -120,15 +120,15 @@ class TransformersArm(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the weights, but neither a pickle of the arguments nor a tokenizer."""
-        save_weights(cast("nn.Module", self.model), Path(cast("str", output_dir)))
+        model = cast("nn.Module", self.model)  # pyright: ignore[reportUnknownMemberType]
+        save_weights(model, Path(cast("str", output_dir)))
 
     def _refuse_not_finite(self, loss: Tensor, ids: tuple[str, ...], nats: Tensor | None) -> None:
         if math.isfinite(loss.item()):
             return
         if nats is not None:
-            ids = tuple(
-                id for id, value in zip(ids, nats.tolist(), strict=True) if not math.isfinite(value)
-            )
+            is_bad = (~nats.isfinite()).nonzero().flatten()
+            ids = tuple(ids[int(row)] for row in is_bad)
         raise TrainingError(
             f"the loss of step {self.state.global_step + 1} is {loss.item()}",
             where="example " + ", ".join(ids[:16]),

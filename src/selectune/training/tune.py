@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,7 @@ def tune(
         ConfigError: nothing is trainable, or this machine cannot run it.
         TrainingError: the loss or gradient is not finite, or no weight moved.
         IncompatibleRunError: `output` holds the work of another run.
+        StorageError: the disk has no room for the checkpoints.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the current step and a cheap checkpoint.
     """
     _refuse_unusable(model, items, device)
@@ -113,6 +114,7 @@ def tune(
         pad_id=pad_id,
         precision=precision,
         device=device,
+        stop_after_epochs=stop_after_epochs,
     )
     final = output / "adapter"
     if files.is_complete(final, KIND):
@@ -125,6 +127,7 @@ def tune(
         seed=seed,
     )
     every = options.save_every or batches.n_steps
+    last_step = batches.n_steps * min(stop_after_epochs or options.epochs, options.epochs)
     checkpoints = Checkpoints(
         output,
         identity=identity,
@@ -136,26 +139,39 @@ def tune(
     seconds = _stopwatch(0.0 if newest is None else newest.seconds)
     before = snapshot(model)
     n_trainable = sum(t.numel() for t in before.values())
+    checkpoint_bytes = _checkpoint_bytes(model, n_trainable)
+    files.check_free_space(output, checkpoint_bytes * (options.keep_checkpoints + 2))
     interrupts = Interrupts()
     watch = Watch(
         name=name,
         log=log,
         checkpoints=checkpoints,
         interrupts=interrupts,
-        is_cheap_to_save=_checkpoint_bytes(model, n_trainable) <= _CHEAP_BYTES,
+        is_cheap_to_save=checkpoint_bytes <= _CHEAP_BYTES,
         seconds=seconds,
-        last_step=batches.n_steps * stop_after_epochs if stop_after_epochs else None,
+        last_step=last_step,
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    with _borrowed(model), interrupts:
-        arguments = _arguments(options, batches, output, seed, precision, device, every)
-        trainer = _build(options.trainer, model, items, arguments, watch, batches, pad_id)
-        trainer.train(resume_from_checkpoint=_path(newest))
-        history = cast("list[dict[str, Any]]", trainer.state.log_history)
-        n_steps, is_done = trainer.state.global_step, not interrupts.is_asked
-    if not is_done:
-        raise KeyboardInterrupt
+
+    def train(start: Checkpoint | None) -> tuple[list[dict[str, Any]], int]:
+        with _borrowed(model), interrupts:
+            arguments = _arguments(options, batches, output, seed, precision, device, every)
+            trainer = _build(options.trainer, model, items, arguments, watch, batches, pad_id)
+            path = None if start is None else str(start.path)
+            cast("Any", trainer).train(resume_from_checkpoint=path)
+            state = trainer.state
+        if interrupts.is_asked:
+            raise KeyboardInterrupt
+        return cast("list[dict[str, Any]]", state.log_history), state.global_step
+
+    if newest is not None and newest.step >= last_step:
+        # Killed between the last checkpoint and the adapter. The Trainer cannot be asked for no
+        # step at all: it looks at a wish to stop only after one.
+        log({"arm": name, "start": last_step, "n_steps": last_step})
+        history, n_steps = _load(model, newest.opened), newest.step
+    else:
+        history, n_steps = train(newest)
     n_moved = count_moved(model, before)
     if n_moved == 0:
         raise TrainingError(
@@ -271,7 +287,8 @@ def _build(
 
     from selectune.training.trl_arm import TrlArm
 
-    return TrlArm(train_dataset=Dataset.from_dict({"index": indices}), **common)
+    rows = cast("Any", Dataset).from_dict({"index": indices})
+    return TrlArm(train_dataset=rows, **common)
 
 
 def _save(model: nn.Module, result: TuneResult, identity: dict[str, Any]) -> None:
@@ -290,10 +307,9 @@ def _save(model: nn.Module, result: TuneResult, identity: dict[str, Any]) -> Non
 
 def _reuse(model: nn.Module, path: Path, identity: dict[str, Any]) -> TuneResult:
     opened = files.open_dir(path, kind=KIND)
-    meta = cast("dict[str, Any]", opened.meta)
+    meta = opened.meta
     refuse_other(meta["identity"], identity, where=path)
-    for name in (n for n in opened.names if n.endswith(".safetensors")):
-        load_weights(model, opened.read_torch(name))
+    _load_weights(model, opened)
     losses = cast("list[tuple[int, float]]", opened.read_json("losses.json"))
     return TuneResult(
         path=path,
@@ -306,8 +322,18 @@ def _reuse(model: nn.Module, path: Path, identity: dict[str, Any]) -> TuneResult
     )
 
 
+def _load(model: nn.Module, checkpoint: files.Opened) -> list[dict[str, Any]]:
+    _load_weights(model, checkpoint)
+    return checkpoint.read_json("trainer_state.json")["log_history"]
+
+
+def _load_weights(model: nn.Module, opened: files.Opened) -> None:
+    for name in (n for n in opened.names if n.endswith(".safetensors")):
+        load_weights(model, opened.read_torch(name))
+
+
 @contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
+def _borrowed(model: nn.Module) -> Generator[None]:
     """Give the model back as it came: accelerate and trl replace `forward` for good."""
     modules = list(model.modules())
     before = {id(m): m.__dict__.get("forward") for m in modules}
@@ -327,10 +353,6 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
 def _stopwatch(already: float) -> Callable[[], float]:
     start = time.perf_counter()
     return lambda: already + time.perf_counter() - start
-
-
-def _path(checkpoint: Checkpoint | None) -> str | None:
-    return None if checkpoint is None else str(checkpoint.path)
 
 
 def _checkpoint_bytes(model: nn.Module, n_trainable: int) -> int:

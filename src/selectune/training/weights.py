@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import peft
 import torch
-from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
 _ADAPTER = "adapter_model.safetensors"
@@ -16,7 +16,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 def save_weights(model: nn.Module, folder: Path) -> None:
     """Save the adapter, or the whole of a bare model, the same bytes in every process."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, peft.PeftModel):
         cast("Any", model).save_pretrained(folder)
         return
     # "auto" would ask the Hub for the base model's vocabulary at every save.
@@ -32,8 +32,8 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put saved weights into the model that they were trained from."""
-    if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, dict(tensors))
+    if isinstance(model, peft.PeftModel):
+        cast("Any", peft).set_peft_model_state_dict(model, dict(tensors))
         return
     with torch.no_grad():
         model.load_state_dict(dict(tensors), strict=False)

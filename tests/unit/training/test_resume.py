@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from selectune.training import TuneResult, tune
+from selectune.errors import IncompatibleRunError
+from selectune.training import TuneResult
 
 Run = Callable[..., TuneResult]
+MODULE = import_module("selectune.training.tune")
 
 
 class Killed(BaseException):
@@ -27,11 +30,11 @@ def kill_at(step: int) -> Callable[[dict[str, Any]], None]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Return every file that holds no clock reading."""
+    """Return every file that holds neither a clock reading nor a pickle with its memo."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "manifest.json"
+        if path.is_file() and path.name not in ("manifest.json", "rng_state.pth")
     }
 
 
@@ -76,7 +79,7 @@ def test_a_kill_after_the_last_checkpoint_needs_no_step(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setitem(tune.__globals__, "save_weights", die)  # of the finished adapter only
+        patch.setattr(MODULE, "save_weights", die)  # of the finished adapter only
         with pytest.raises(Killed):
             run("killed")
     rows: list[dict[str, Any]] = []
@@ -84,6 +87,41 @@ def test_a_kill_after_the_last_checkpoint_needs_no_step(
     assert rows == [{"arm": "gist", "start": 6, "n_steps": 6}]
     assert resumed.losses == unbroken.losses
     assert tree(resumed.path.parent) == tree(unbroken.path.parent)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_run_that_ends_early_resumes_to_the_same_end(
+    run: Run, tiny: ModuleType, step: int
+) -> None:
+    options = tiny.section(save_every=1)
+    unbroken = run("unbroken", options=options, stop_after_epochs=1)
+    assert unbroken.n_steps == 3
+    assert unbroken.losses == run("whole", options=options).losses[:3]
+    with pytest.raises(Killed):
+        run("killed", options=options, stop_after_epochs=1, log=kill_at(step))
+    resumed = run("killed", options=options, stop_after_epochs=1)
+    assert resumed.losses == unbroken.losses
+    assert tree(resumed.path.parent) == tree(unbroken.path.parent)
+    with pytest.raises(IncompatibleRunError, match="stop_after_epochs differ"):
+        run("killed", options=options, stop_after_epochs=2)
+
+
+def test_an_early_end_survives_a_kill_after_its_last_checkpoint(
+    run: Run, tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = tiny.section(save_every=3)
+    unbroken = run("unbroken", options=options, stop_after_epochs=1)
+
+    def die(*args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE, "save_weights", die)
+        with pytest.raises(Killed):
+            run("killed", options=options, stop_after_epochs=1)
+    resumed = run("killed", options=options, stop_after_epochs=1)
+    assert (resumed.n_steps, resumed.losses) == (unbroken.n_steps, unbroken.losses)
+    assert tree(resumed.path) == tree(unbroken.path)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +161,7 @@ def test_a_second_signal_does_not_wait(run: Run) -> None:
 def test_a_large_model_is_not_saved_for_an_interrupt(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tune.__globals__, "_CHEAP_BYTES", 0)
+    monkeypatch.setattr(MODULE, "_CHEAP_BYTES", 0)
 
     def interrupt(row: dict[str, Any]) -> None:
         if row.get("step") == 2:

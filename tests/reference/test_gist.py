@@ -1,0 +1,236 @@
+"""GIST equals its twin, on synthetic gradients and on real ones of tiny models."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loops import loop_gradients
+from slow_gist import slow_gist
+from tiny import tiny_tokens, tiny_trainable
+
+from selectune.data import Tokens
+from selectune.errors import SelectionError
+from selectune.gradients.engine import GradientEngine
+from selectune.gradients.facts import GradientFacts
+from selectune.gradients.store import GradientStore, StoredPool, Target
+from selectune.gradients.subspace import rank_left_out, spectrum
+from selectune.progress import Silent
+from selectune.registry import get
+from selectune.select.data.gist import GistOptions
+from selectune.select.data.gist import score as gist
+from selectune.select.evidence import Evidence
+
+
+def facts_of(pool: np.ndarray, targets: np.ndarray, groups: list[str] | None = None) -> Evidence:
+    """Return the evidence that explicit gradients amount to."""
+    m = len(targets)
+    facts = GradientFacts(
+        pool @ targets.T,
+        np.linalg.norm(pool, axis=1),
+        targets @ targets.T,
+        tuple(f"t{j}" for j in range(m)),
+        tuple(groups or [""] * m),
+    )
+    ids = tuple(f"z{n:03d}" for n in range(len(pool)))
+    return Evidence(ids, np.arange(1, len(pool) + 1), gradients=facts)
+
+
+def synthetic(
+    n: int = 40, m: int = 9, d: int = 60, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return pool and target gradients with a few true directions."""
+    rng = np.random.default_rng(seed)
+    basis = rng.normal(size=(4, d))
+    targets = rng.normal(size=(m, 4)) @ basis + 0.3 * rng.normal(size=(m, d))
+    pool = rng.normal(size=(n, d))
+    pool[: n // 2] += rng.normal(size=(n // 2, 4)) @ basis
+    return pool, targets
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.7, 0.8, 0.95, 1.0])
+def test_scores_energy_and_rank_equal_the_twin(share: float, seed: int) -> None:
+    pool, targets = synthetic(seed=seed)
+    scores = gist(facts_of(pool, targets), GistOptions(rank=f"energy:{share}"))
+    expected, energy, rank = slow_gist(pool, targets, share=share)
+    np.testing.assert_allclose(scores.score, expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(scores.columns["energy"], energy, rtol=1e-5)
+    assert scores.about["rank"] == rank
+
+
+def test_subtask_means_equal_the_release() -> None:
+    pool, targets = synthetic()
+    groups = ["a", "b", "b", "a", "c", "c", "a", "b", "c"]
+    options = GistOptions(aggregate="max_subtask_mean", rank=4)
+    scores = gist(facts_of(pool, targets, groups), options)
+    expected, _, _ = slow_gist(pool, targets, rank=4, subtasks=groups)
+    np.testing.assert_allclose(scores.score, expected, rtol=1e-5)
+
+
+def test_hand_examples_separate_the_aggregates() -> None:
+    # Targets along x (long) and along y (short), and two of one subtask pulling apart.
+    targets = np.array([[3.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    pool = np.array([[1.0, 0.0], [1.0, 1.0]])
+    evidence = facts_of(pool, targets, ["a", "a", "b"])
+    best = gist(evidence, GistOptions(rank="full")).score
+    means = gist(evidence, GistOptions(rank="full", aggregate="max_subtask_mean")).score
+    np.testing.assert_allclose(best, [1.0, 1.0])
+    # The mean of (3, 0) and (0, 1) is (1.5, 0.5): its cosine to (1, 0) is 1.5 / sqrt(2.5).
+    np.testing.assert_allclose(means, [1.5 / np.sqrt(2.5), 1.0])
+    average = gist(evidence, GistOptions(rank="full", aggregate="mean_example")).score
+    np.testing.assert_allclose(average[0], (1 + 0 + np.sqrt(0.5)) / 3)
+
+
+@pytest.mark.parametrize("rank", [2, 3, 5, "full"])
+def test_a_copy_of_a_target_scores_one(rank: int | str) -> None:
+    pool, targets = synthetic()
+    pool[7] = 2.5 * targets[3]
+    scores = gist(facts_of(pool, targets), GistOptions(rank=rank))
+    assert scores.score[7] == pytest.approx(1.0, abs=1e-5)
+    assert scores.best_target[7] == "t3"
+
+
+def test_full_rank_times_energy_is_the_full_space_cosine() -> None:
+    pool, targets = synthetic()
+    evidence = facts_of(pool, targets)
+    scores = gist(evidence, GistOptions(rank="full"))
+    entry = get("data_scorer", "grad_cosine")
+    cosine = entry.function(evidence, entry.parse({}))
+    np.testing.assert_allclose(
+        scores.score * scores.columns["energy"], cosine.score, rtol=1e-5, atol=1e-8
+    )
+    multiplied = gist(evidence, GistOptions(rank="full", energy="multiply"))
+    np.testing.assert_allclose(multiplied.score, cosine.score, rtol=1e-5, atol=1e-8)
+
+
+@settings(max_examples=25)
+@given(st.floats(1e-3, 1e3), st.integers(0, 39))
+def test_scaling_a_pool_gradient_changes_no_score(scale: float, row: int) -> None:
+    pool, targets = synthetic()
+    before = gist(facts_of(pool, targets), GistOptions()).score
+    pool[row] *= scale
+    after = gist(facts_of(pool, targets), GistOptions()).score
+    np.testing.assert_allclose(before, after, rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=25)
+@given(st.permutations(range(9)), st.permutations(range(40)))
+def test_order_of_targets_and_pool_changes_nothing(js: list[int], ns: list[int]) -> None:
+    pool, targets = synthetic()
+    before = gist(facts_of(pool, targets), GistOptions()).score
+    after = gist(facts_of(pool[ns], targets[js]), GistOptions()).score
+    np.testing.assert_allclose(before[ns], after, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_rank_one_is_refused_unless_energy_is_multiplied(m: int) -> None:
+    pool, targets = synthetic(m=m)
+    options = GistOptions(rank=1)
+    with pytest.raises(SelectionError, match="rank 1"):
+        gist(facts_of(pool, targets), options)
+    scores = gist(facts_of(pool, targets), GistOptions(rank=1, energy="multiply"))
+    assert len(np.unique(np.round(scores.score, 9))) > 2
+
+
+def test_gate_sends_examples_without_energy_to_the_end() -> None:
+    pool, targets = synthetic()
+    evidence = facts_of(pool, targets)
+    energy = gist(evidence, GistOptions()).columns["energy"]
+    gate = float(np.sort(energy)[10])
+    gated = gist(evidence, GistOptions(energy="gate:0.3"))
+    assert (gated.score[energy < 0.3] == -1).all()
+    assert (gated.score[energy >= 0.3] > -1).any()
+    assert 0 < gate < 1
+
+
+def test_leaving_targets_out_finds_the_true_rank() -> None:
+    rng = np.random.default_rng(1)
+    basis = rng.normal(size=(12, 4000))
+    targets = rng.normal(size=(57, 12)) @ basis + 1.0 * rng.normal(size=(57, 4000))
+    assert rank_left_out(targets @ targets.T) == 12
+
+
+def test_repeated_and_null_targets_fall_below_the_floor() -> None:
+    _, targets = synthetic(m=3)
+    doubled = np.concatenate([targets, targets, np.zeros((1, targets.shape[1]))])
+    assert len(spectrum(doubled @ doubled.T).s) == 3
+    with pytest.raises(SelectionError, match="zero"):
+        spectrum(np.zeros((3, 3)))
+
+
+def stored(
+    path: Path, family: str, pool: list[Tokens], targets: list[Tokens], budget: int = 40
+) -> StoredPool:
+    """Return a gradient pass over a tiny model's pool."""
+    engine = GradientEngine(tiny_trainable(family, "lora"))
+    return GradientStore(path, {"family": family, "budget": budget}).compute(
+        engine,
+        pool,
+        [Target(t, "task", "") for t in targets],
+        pad_id=0,
+        token_budget=budget,
+        shard_examples=4,
+        progress=Silent(),
+    )
+
+
+def examples(prefix: str, n: int, seed: int) -> list[Tokens]:
+    """Return examples named after what they are for."""
+    return [
+        Tokens(f"{prefix}{k}", t.input_ids, t.is_target) for k, t in enumerate(tiny_tokens(n, seed))
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_from_tokens_to_ranking_equals_the_twin(family: str, tmp_path: Path) -> None:
+    pool, targets = examples("z", 14, seed=1), examples("v", 6, seed=2)
+    found = stored(tmp_path / "store", family, pool, targets)
+    model = tiny_trainable(family, "lora").double()
+
+    def flat(items: list[Tokens]) -> np.ndarray:
+        columns = loop_gradients(model, items).values()
+        return torch.cat([c.flatten(1) for c in columns], 1).numpy()
+
+    G, V = flat(pool), flat(targets)
+    np.testing.assert_allclose(found.facts.dots, G @ V.T, rtol=1e-4, atol=1e-5 * np.abs(G).max())
+    np.testing.assert_allclose(found.facts.gram, V @ V.T, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found.facts.norms, np.linalg.norm(G, axis=1), rtol=1e-5)
+    evidence = Evidence(found.ids, found.n_target_tokens, gradients=found.of_task("task"))
+    scores = gist(evidence, GistOptions())
+    expected, _, rank = slow_gist(G, V)
+    assert scores.about["rank"] == rank
+    np.testing.assert_allclose(scores.score, expected, rtol=1e-4, atol=1e-5)
+    order = sorted(range(len(pool)), key=lambda n: (-expected[n], pool[n].id))
+    assert scores.ranking() == [pool[n].id for n in order]
+
+
+def test_batches_order_and_shards_change_nothing(tmp_path: Path) -> None:
+    pool, targets = examples("z", 13, seed=1), examples("v", 5, seed=2)
+    one = stored(tmp_path / "a", "llama", pool, targets, budget=12)
+    shuffled = [pool[k] for k in np.random.default_rng(0).permutation(len(pool))]
+    other = stored(tmp_path / "b", "llama", shuffled, targets, budget=4000)
+    place = {i: n for n, i in enumerate(other.ids)}
+    order = [place[i] for i in one.ids]
+    np.testing.assert_allclose(one.facts.dots, other.facts.dots[order], rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(one.facts.norms, other.facts.norms[order], rtol=1e-5)
+
+
+def test_tasks_in_one_pass_equal_passes_of_their_own(tmp_path: Path) -> None:
+    pool = examples("z", 9, seed=1)
+    a, b = examples("a", 4, seed=2), examples("b", 5, seed=3)
+    engine = GradientEngine(tiny_trainable("llama", "lora"))
+
+    def run(name: str, targets: list[Target]) -> StoredPool:
+        return GradientStore(tmp_path / name, {"n": name}).compute(
+            engine, pool, targets, pad_id=0, token_budget=60, shard_examples=99, progress=Silent()
+        )
+
+    both = run("both", [Target(t, "a", "") for t in a] + [Target(t, "b", "") for t in b])
+    alone = run("alone", [Target(t, "b", "") for t in b])
+    joint, own = both.of_task("b"), alone.of_task("b")
+    assert joint.target_ids == own.target_ids
+    np.testing.assert_allclose(joint.dots, own.dots, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(joint.gram, own.gram, rtol=1e-5, atol=1e-8)

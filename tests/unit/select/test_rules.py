@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selectune.errors import SelectionError
+from selectune.registry import get, methods
+from selectune.select.rules import Budget, select
+from selectune.selection import Scores, Selection
+
+N = 20
+IDS = tuple(f"e{n:02d}" for n in range(N))
+SOURCES = {i: "abc"[n % 3] for n, i in enumerate(IDS)}
+LENGTHS = {i: 5 + n for n, i in enumerate(IDS)}
+
+
+def scores(seed: int = 0) -> Scores:
+    rng = np.random.default_rng(seed)
+    columns = {"to:t0": rng.normal(size=N), "to:t1": rng.normal(size=N)}
+    return Scores("gist", IDS, np.maximum(columns["to:t0"], columns["to:t1"]), columns)
+
+
+def run(rule: str, budget: float | int | str, **options: object) -> Selection:
+    return select(
+        scores(), get("selection_rule", rule), Budget.of(budget, N),
+        sources=SOURCES, n_tokens=LENGTHS, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", [e.name for e in methods("selection_rule")])
+@pytest.mark.parametrize("budget", [1, 7, 20, 0.5, 1.0])
+def test_budgets_are_met_exactly(rule: str, budget: float) -> None:
+    wanted = budget if isinstance(budget, int) else round(budget * N)
+    assert len(run(rule, budget)) == wanted
+
+
+def test_topk_takes_the_best() -> None:
+    chosen = run("topk", 6)
+    worst = min(scores()[i] for i in chosen.ids)
+    assert all(scores()[i] <= worst for i in IDS if i not in chosen)
+    assert list(chosen.ids) == scores().ranking()[:6]
+
+
+def test_equal_scores_go_by_id_in_any_pool_order() -> None:
+    flat = Scores("x", IDS, np.zeros(N))
+    back = Scores("x", IDS[::-1], np.zeros(N))
+    assert flat.ranking() == back.ranking() == sorted(IDS)
+
+
+def test_round_robin_lets_targets_take_turns() -> None:
+    chosen = run("round_robin", 4)
+    table = scores()
+    first, second = table.ranking("to:t0"), table.ranking("to:t1")
+    expected: list[str] = []
+    for k in range(4):
+        turn = first if k % 2 == 0 else second
+        expected.append(next(i for i in turn if i not in expected))
+    assert list(chosen.ids) == expected
+
+
+def test_round_robin_on_one_target_equals_topk() -> None:
+    rng = np.random.default_rng(3)
+    column = rng.normal(size=N)
+    table = Scores("gist", IDS, column, {"to:t0": column})
+    kwargs = {"sources": SOURCES, "n_tokens": LENGTHS}
+    budget = Budget(examples=9)
+    a = select(table, get("selection_rule", "round_robin"), budget, **kwargs)
+    b = select(table, get("selection_rule", "topk"), budget, **kwargs)
+    assert a.ids == b.ids
+
+
+def test_round_robin_needs_scores_per_target() -> None:
+    table = Scores("length", IDS, np.arange(N, dtype=float))
+    with pytest.raises(SelectionError, match="cannot be taken in turn"):
+        select(
+            table, get("selection_rule", "round_robin"), Budget(examples=2),
+            sources=SOURCES, n_tokens=LENGTHS,
+        )  # fmt: skip
+
+
+@given(st.floats(0, 0.4), st.floats(0.4, 1), st.integers(3, 15))
+def test_quotas_are_kept(least: float, most: float, n: int) -> None:
+    try:
+        chosen = run("topk", n, quotas={"a": (least, most)})
+    except SelectionError as error:
+        assert "could be chosen" in str(error)  # noqa: PT017
+        return
+    share = sum(SOURCES[i] == "a" for i in chosen.ids)
+    assert len(chosen) == n
+    assert share >= np.ceil(least * n - 1e-9)
+    assert share <= np.floor(most * n + 1e-9)
+
+
+def test_a_token_budget_is_not_exceeded() -> None:
+    chosen = run("topk", "60 tokens")
+    total = sum(LENGTHS[i] for i in chosen.ids)
+    following = next(i for i in scores().ranking() if i not in chosen)
+    assert total <= 60 < total + LENGTHS[following]
+
+
+def test_every_example_left_out_has_a_reason() -> None:
+    near = {"e03": "e07"}
+    chosen = run(
+        "topk", 5, dropped={"x1": "leak: equals t4"}, is_near=near.get, quotas={"b": (0.0, 0.2)}
+    )
+    assert set(chosen.reasons) == {*IDS, "x1"}
+    assert "e03" not in chosen
+    assert chosen.reasons["x1"] == "leak: equals t4"
+    assert any("quota of b" in reason for reason in chosen.reasons.values())
+
+
+@pytest.mark.parametrize(("budget", "words"), [(21, "smaller than"), (0.001, "at least one")])
+def test_impossible_budgets_are_refused(budget: float, words: str) -> None:
+    with pytest.raises(SelectionError, match=words):
+        run("topk", budget)
+
+
+def test_a_quota_of_an_unknown_source_is_refused() -> None:
+    with pytest.raises(SelectionError, match='"d", which the pool does not have'):
+        run("topk", 3, quotas={"d": (0.1, 0.5)})
