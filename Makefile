@@ -19,7 +19,7 @@ help:
 	@echo "make test      the test suite, under 10 minutes on 2 cores"
 	@echo "make test-all  the slow tests too: the real model, long random kills"
 	@echo "make bench     every benchmark; BENCH_FLAGS=--quick for a short look"
-	@echo "make lint      ruff, codespell, pydoclint"
+	@echo "make lint      ruff and codespell"
 	@echo "make types     pyright, strict"
 	@echo "make clean     remove the environment and caches; runs/ stays"
 	@echo "PYTHON=/path/to/python3.12 chooses the interpreter, WORKERS=8 the test processes"
@@ -42,7 +42,6 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/pydoclint --quiet src
 
 types: $(VENV)/.stamp-dev
 	$(BIN)/pyright
@@ -53,11 +52,13 @@ clean:
 
 # A stamp is older than what it depends on as soon as a dependency changes: then pip runs again.
 $(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt
-	$(PIP_INSTALL) -e .
+	@echo "installing what constraints.txt pins into $(VENV); a few minutes the first time"
+	@$(PIP_INSTALL) -e .
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
-	$(PIP_INSTALL) -e '.[dev]'
+	@echo "installing what constraints.txt pins into $(VENV), tools too; minutes the first time"
+	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.stamp-run
 
 # Not $(BIN)/python: that is a link into the system, and has the system's date.

@@ -217,7 +217,7 @@ def measure(arm: str, folder: Path, model: Path, dtype: str, budgets: Sequence[i
         "dtype": dtype,
         "seconds": seconds,
         "peak_bytes": peak,
-        "batch": 0 if arm == "loop" else best,
+        "batch": best,
         "mean_loss": statistics.fmean(losses),
     }
     print(json.dumps(found))
@@ -271,7 +271,7 @@ def compare(arguments: argparse.Namespace) -> None:
             for dtype in arguments.dtypes:
                 for arm in ARMS:
                     known = found.setdefault((arm, dtype), [])
-                    budgets = [known[0]["batch"] or BUDGETS[0]] if known else list(BUDGETS)
+                    budgets = [known[0]["batch"]] if known else arguments.budgets
                     known.append(call(arm, folder, model, dtype, budgets, bergson))
                     rate = known[-1]["examples_per_second"]
                     print(f"round {turn + 1}: {arm} {dtype} {rate:.2f} examples/s", file=sys.stderr)
@@ -289,7 +289,8 @@ def compare(arguments: argparse.Namespace) -> None:
         peak = statistics.median(run["peak_bytes"] for run in runs) / 1e9
         print(
             f"{arm:<10} {dtype:<9} {rate:>10.2f} {peak:>8.2f} "
-            f"{runs[0]['batch'] or 'one by one':>12} {runs[0]['mean_loss']:>7.3f}"
+            f"{'one by one' if arm == 'loop' else runs[0]['batch']:>12} "
+            f"{runs[0]['mean_loss']:>7.3f}"
         )
     ratios = {
         f"selectune_to_{arm}_{dtype}": round(rates["selectune", dtype] / rates[arm, dtype], 3)
@@ -312,7 +313,9 @@ def main() -> None:
     parser.add_argument("--bergson-python", type=Path, help="an environment that you made")
     for word in ("--arm", "--ground", "--model", "--dtype"):
         parser.add_argument(word, help=argparse.SUPPRESS)
-    parser.add_argument("--budgets", type=int, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=BUDGETS, help="tokens per batch to choose from"
+    )
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

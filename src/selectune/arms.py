@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def _step_size(ground: Ground) -> int:
 
 
 def evaluate_arm(
-    ground: Ground, name: str, path: Path | None, questions: dict[str, Sequence[Example]]
+    ground: Ground, name: str, path: Path | None, questions: Mapping[str, Sequence[Example]]
 ) -> dict[str, Evaluation]:
     """Return an arm's answers to held-out examples, by task.
 

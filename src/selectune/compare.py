@@ -173,7 +173,9 @@ class _Cell:
 class _Grid:
     """The state of one comparison."""
 
-    def __init__(self, recipe: Recipe, matrix: MatrixSection, out: Path, progress: Progress):
+    def __init__(
+        self, recipe: Recipe, matrix: MatrixSection, out: Path, progress: Progress
+    ) -> None:
         self.recipe, self.matrix, self.out, self.progress = recipe, matrix, out, progress
         self.methods = _methods(matrix)
         self._grounds: dict[int, Ground] = {}
@@ -353,9 +355,7 @@ def _rows(
             mine = [cells[task, method.name, seed] for seed in seeds]
             random = [cells[task, RANDOM, seed].answers for seed in seeds]
             precisions = [c.precision for c in mine if c.precision is not None]
-            row = _row(
-                task, method.name, [c.answers for c in mine], random, bases[task], n_boot
-            )
+            row = _row(task, method.name, [c.answers for c in mine], random, bases[task], n_boot)
             rows.append(
                 replace(
                     row,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -158,7 +158,7 @@ class Ground:
         return False
 
     @contextmanager
-    def charge(self, step: str, path: Path) -> Iterator[None]:
+    def charge(self, step: str, path: Path) -> Generator[None]:
         """Measure a step whose result goes to `path`, and keep the price beside it."""
         with Measured() as measured:
             yield

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,10 +28,8 @@ class Measured:
     device_peak_bytes: int = 0
 
     def __enter__(self) -> "Measured":
-        try:
+        with suppress(OSError):
             _CLEAR.write_text("5")  # resets VmHWM
-        except OSError:
-            pass
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._start = time.perf_counter()

@@ -107,10 +107,10 @@ def load_base(section: ModelSection, *, adapter: AdapterSection) -> Base:
         ) from error
     except (OSError, ValueError) as error:
         raise _no_model(section, error) from error
-    model.to(device)
+    cast("nn.Module", model).to(device)
     model.config.use_cache = False
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Base(model, tokenizer, device, precision, fingerprint(model.state_dict()), int(pad_id))
+    pad_id = cast("int | None", tokenizer.pad_token_id) or 0
+    return Base(model, tokenizer, device, precision, fingerprint(model.state_dict()), pad_id)
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -157,9 +157,7 @@ def _no_model(section: ModelSection, error: Exception) -> ConfigError:
     else:
         why = f"no such folder here, and the Hub did not give it: {first}"
         do = "check the spelling; offline, give a local folder"
-    return ConfigError(
-        f'no model "{section.base}"', where="model.base", why=why, do=do
-    )
+    return ConfigError(f'no model "{section.base}"', where="model.base", why=why, do=do)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -168,7 +166,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        content: Any = tensor.flatten().view(torch.uint8).numpy()
+        digest.update(content)
     return digest.hexdigest()[:32]
 
 

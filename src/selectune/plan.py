@@ -67,9 +67,7 @@ def make_plan(ground: Ground) -> Plan:
     n_trained = sum(trained.values())
     pool = ground.tokens.pool
     budget = Budget.of(recipe.select.budget, len(pool))
-    n_chosen = budget.examples or round(
-        (budget.tokens or 0) / max(1.0, float(pool.lengths.mean()))
-    )
+    n_chosen = budget.examples or round((budget.tokens or 0) / max(1.0, float(pool.lengths.mean())))
     memory = _memory(ground, model, config, precision, n_base, n_trained)
     seconds = _seconds(ground, config, device, precision, n_base, n_chosen)
     facts = {
@@ -95,7 +93,12 @@ def make_plan(ground: Ground) -> Plan:
 
 
 def _memory(
-    ground: Ground, model: nn.Module, config: Any, precision: str, n_base: int, n_trained: int  # noqa: ANN401
+    ground: Ground,
+    model: nn.Module,
+    config: Any,  # noqa: ANN401
+    precision: str,
+    n_base: int,
+    n_trained: int,
 ) -> dict[str, int]:
     recipe = ground.recipe
     size = 2 if precision == "bfloat16" else 4
@@ -205,9 +208,8 @@ def _lines(ground: Ground, facts: Mapping[str, Any], trained: Mapping[str, int])
         "three examples; what counts in the loss stands in [brackets]:",
     ]
     examples = list(ground.tokens.pool)
-    for tokens in (examples[0], examples[len(examples) // 2], examples[-1]):
-        lines.append(f"  {tokens.id}  {masked(preview(tokens, ground.tokenizer))}")
-    return lines
+    shown = (examples[0], examples[len(examples) // 2], examples[-1])
+    return lines + [f"  {t.id}  {masked(preview(t, ground.tokenizer))}" for t in shown]
 
 
 def _table(title: str, parts: Mapping[str, float], unit: float, name: str) -> list[str]:

@@ -63,7 +63,7 @@ class Entry:
         """When it disappoints."""
         return self._section("Fails")
 
-    def parse(self, options: dict[str, Any], *, where: str = "") -> Any:
+    def parse(self, options: dict[str, Any], *, where: str = "") -> Any:  # noqa: ANN401
         """Return the options dataclass filled from plain values.
 
         Args:

@@ -274,9 +274,9 @@ class Run:
 
     def _ensure_arms(self) -> list[TunedArm]:
         selection = self._ensure_selection()
-        arms = [tune_arm(self.ground, SELECTED, selection)]
-        for name in self.recipe.tune.controls:
-            arms.append(tune_arm(self.ground, name, control_selection(self.ground, name)))
+        chosen = {SELECTED: selection}
+        chosen |= {name: control_selection(self.ground, name) for name in self.recipe.tune.controls}
+        arms = [tune_arm(self.ground, name, ids) for name, ids in chosen.items()]
         lines = [
             json.dumps({"arm": arm.name, "step": step, "loss": loss})
             for arm in arms
@@ -463,9 +463,7 @@ def _evaluation_facts(
     return {"verdict": found.to_json(), "arms": arms}
 
 
-def _evaluation_lines(
-    answers: Mapping[str, Mapping[str, Evaluation]], found: Verdict
-) -> list[str]:
+def _evaluation_lines(answers: Mapping[str, Mapping[str, Evaluation]], found: Verdict) -> list[str]:
     lines = [f"{'arm':<14}{'task':<12}{'answer loss':>12}{'accuracy':>10}{'n':>6}"]
     for arm, by_task in answers.items():
         for task, one in by_task.items():

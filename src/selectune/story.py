@@ -143,9 +143,7 @@ def _differences(
     return found
 
 
-def _shown(
-    ground: Ground, scores: Scores, selection: Selection, example: Example
-) -> ShownExample:
+def _shown(ground: Ground, scores: Scores, selection: Selection, example: Example) -> ShownExample:
     n = scores.ids.index(example.id)
     energy = scores.columns.get("energy")
     target = scores.best_target[n] if scores.best_target else ""
@@ -217,7 +215,7 @@ def _warnings(ground: Ground, scores: Scores, selection: Selection) -> list[str]
         )
     norm = scores.columns.get("norm")
     if norm is not None and (n := int((norm[chosen] < 0.01 * np.median(norm)).sum())):
-        found.append(f"{n} chosen examples have a gradient below 1 % of the median: learnt already.")
+        found.append(f"{n} chosen examples have gradients below 1 % of the median: learnt already.")
     if scores.method in ("gist", "grad_cosine") and (scores.score[chosen] <= 0).any():
         n = int((scores.score[chosen] <= 0).sum())
         found.append(f"{n} chosen examples point away from the target: the budget is too large.")

@@ -38,9 +38,7 @@ def facts_of(pool: np.ndarray, targets: np.ndarray, groups: list[str] | None = N
     return Evidence(ids, np.arange(1, len(pool) + 1), gradients=facts)
 
 
-def synthetic(
-    n: int = 40, m: int = 9, d: int = 60, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def synthetic(n: int = 40, m: int = 9, d: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return pool and target gradients with a few true directions."""
     rng = np.random.default_rng(seed)
     basis = rng.normal(size=(4, d))

@@ -171,7 +171,8 @@ def _render(
             else:
                 # No template renders an empty conversation: see where other words would begin.
                 other = "b" if turn["content"].lstrip().startswith("a") else "a"
-                opening = commonprefix([upto, render([{"role": "assistant", "content": other}])])
+                elsewhere = render([{"role": "assistant", "content": other}])
+                opening = commonprefix([upto, elsewhere])  # noqa: RUF071 (words, not paths)
             if not (upto.startswith(opening) and full.startswith(upto)):
                 raise DataError(
                     f"the assistant's words cannot be found in {example.id} once it is rendered",

@@ -28,7 +28,11 @@ _Site = Callable[[Tensor, tuple[Tensor, ...]], None]
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, anchor: Tensor, site: _Site, *saved: Tensor  # noqa: ANN401
+        ctx: Any,  # noqa: ANN401
+        output: Tensor,
+        anchor: Tensor,
+        site: _Site,
+        *saved: Tensor,
     ) -> Tensor:
         ctx.site = site
         ctx.save_for_backward(*saved)
@@ -96,7 +100,10 @@ class Capture:
 
     def _watch(self, module: nn.Module, owned: list[tuple[str, int]]) -> None:
         def after_forward(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any  # noqa: ANN401
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Any,  # noqa: ANN401
         ) -> Tensor | None:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return None

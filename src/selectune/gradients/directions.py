@@ -67,7 +67,7 @@ class Directions:
 
     def write(self, name: str, first: int, G: Float[Tensor, "k ..."]) -> None:
         """Put the gradients of targets `first`, `first` + 1, .. at one parameter in place."""
-        rows = G.flatten(1).float().cpu().contiguous().numpy()
+        rows: Any = G.flatten(1).float().cpu().contiguous().numpy()
         at = self._start[name] + first * self._sizes[name] * _BYTES
         view = memoryview(rows).cast("B")
         while view:
@@ -77,8 +77,8 @@ class Directions:
     def read(self, name: str) -> Float[Tensor, "m d"]:
         """Return the slice of one parameter; it is overwritten by the next `read`."""
         size = self._sizes[name]
-        flat = self._buffer[: size * self._m]
-        view: Any = memoryview(flat).cast("B")
+        flat: Any = self._buffer[: size * self._m]
+        view = memoryview(flat).cast("B")
         at = self._start[name]
         while view:
             n = os.preadv(self._file, [view], at)

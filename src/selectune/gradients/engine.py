@@ -7,7 +7,7 @@ gradient. A functional call around a module, a fused head or an odd norm is thus
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -29,7 +29,7 @@ _TOLERANCE_HALF = 0.1
 
 
 @contextmanager
-def precision_of(device: torch.device, precision: str) -> Iterator[None]:
+def precision_of(device: torch.device, precision: str) -> Generator[None]:
     """Enter autocast for one forward pass; entered anew each time, so no stale casts survive."""
     dtype = getattr(torch, precision)
     with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):

@@ -32,14 +32,34 @@ class Rows(Protocol):
     """What each of n examples asks of one parameter."""
 
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """Examples."""
+        ...
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
-    def dense(self) -> Float[Tensor, "n ..."]: ...
-    def combine(self, w: Float[Tensor, " n"]) -> Float[Tensor, "..."]: ...
-    def dot(self, G: Float[Tensor, "..."]) -> Float[Tensor, " n"]: ...
-    def norm2(self) -> Float[Tensor, " n"]: ...
-    def project(self, P: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        ...
+
+    def dense(self) -> Float[Tensor, "n ..."]:
+        """Every example's gradient."""
+        ...
+
+    def combine(self, w: Float[Tensor, " n"]) -> Float[Tensor, "..."]:
+        """Weighted sum over examples."""
+        ...
+
+    def dot(self, G: Float[Tensor, "..."]) -> Float[Tensor, " n"]:
+        """Inner product of every example's gradient with G."""
+        ...
+
+    def norm2(self) -> Float[Tensor, " n"]:
+        """Squared norm of every example's gradient."""
+        ...
+
+    def project(self, P: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
+        """Inner products with k directions."""
+        ...
 
 
 def exact(x: Tensor) -> Tensor:
@@ -323,14 +343,13 @@ def conv1d(call: Call, name: str) -> Rows | None:
 @gradient_kernel(nn.Embedding)
 def embedding(call: Call, name: str) -> Rows | None:
     """Rows of nn.Embedding. `max_norm` and `scale_grad_by_freq` rewrite gradients: declined."""
-    module, T, D = call.module, call.args[0], exact(call.D)
+    module, T = call.module, call.args[0]
     if not isinstance(module, nn.Embedding) or module.max_norm or module.scale_grad_by_freq:
         return None
     if name != "weight" or T.ndim != 2:
         return None
-    if module.padding_idx is not None:
-        D = D * (T != module.padding_idx)[..., None]
-    return EmbeddingRows(T, D, module.num_embeddings)
+    is_learnt = T != (-1 if module.padding_idx is None else module.padding_idx)
+    return EmbeddingRows(T, exact(call.D) * is_learnt[..., None], module.num_embeddings)
 
 
 @gradient_kernel(named="ScaledWordEmbedding")

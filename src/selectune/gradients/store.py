@@ -263,7 +263,8 @@ def _run_batch(
 
     losses = engine.run(batch, add).tolist()
     _refuse_nan([t.id for t in items], losses)
-    assert dots is not None and norm2 is not None
+    assert dots is not None
+    assert norm2 is not None
     columns["id"] += [t.id for t in items]
     columns["loss"] += losses
     columns["norm"] += norm2.sqrt().tolist()

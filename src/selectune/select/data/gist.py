@@ -55,9 +55,7 @@ class GistOptions:
     ] = False
 
 
-def chosen_rank(
-    options: GistOptions, directions: Spectrum, gram: Float[np.ndarray, "m m"]
-) -> int:
+def chosen_rank(options: GistOptions, directions: Spectrum, gram: Float[np.ndarray, "m m"]) -> int:
     """Return the rank that the options ask for, at most the number of sound directions.
 
     Raises:
