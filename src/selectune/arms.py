@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selectune.data import Example, near_duplicates
 from selectune.evaluation import Evaluation, evaluate
@@ -16,7 +15,7 @@ from selectune.registry import get
 from selectune.scoring import score_pool
 from selectune.select.rules import Budget, select
 from selectune.selection import Scores, Selection
-from selectune.training import TuneResult, tune
+from selectune.training import TuneResult
 
 SELECTED = "selected"
 BASE = "base"
@@ -100,36 +99,11 @@ def tune_arm(ground: Ground, name: str, selection: Selection) -> TunedArm:
     )
     everything = digest({"f": fingerprint, "t": recipe.tune.model_dump(), "s": recipe.seed})
     path = ground.place("tune", f"tune/{name}", everything)
-    n_steps = recipe.tune.epochs * -(-len(items) // _step_size(ground))
-    with ground.progress.phase(f"tune {name}", n_steps, "steps") as advance:
-
-        def log(line: dict[str, Any]) -> None:
-            if "step" in line:
-                advance(1)
-            elif "warning" in line:
-                ground.progress.note(str(line["warning"]))
-            elif line.get("start"):
-                advance(int(line["start"]))
-
-        result = tune(
-            model,
-            items,
-            recipe.tune,
-            output=path,
-            seed=recipe.seed,
-            pad_id=base.pad_id,
-            precision=base.precision,
-            device=base.device.type,
-            fingerprint=fingerprint,
-            name=name,
-            log=log,
-        )
+    result = ground.train(
+        base, model, items, recipe.tune, path=path, fingerprint=fingerprint, name=name
+    )
     ground.costs[f"tune {name}"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
     return TunedArm(name, result.path, len(items), result)
-
-
-def _step_size(ground: Ground) -> int:
-    return ground.recipe.tune.batch_size * ground.recipe.tune.accumulation
 
 
 def evaluate_arm(

@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from selectune.data import Tokens
 from selectune.errors import CorruptFileError, IncompatibleRunError
 from selectune.files import is_complete, open_dir, write_file
 from selectune.gradients.store import StoredPool
@@ -18,7 +20,8 @@ from selectune.measure import Measured
 from selectune.models import Base, load_base, load_tokenizer
 from selectune.prepare import Assets, Prepared, PreparedTokens, read_data, resolve, tokenize_all
 from selectune.progress import Progress
-from selectune.recipe import Recipe
+from selectune.recipe import Recipe, TuneSection
+from selectune.training import TuneResult, tune
 
 
 def digest(facts: Mapping[str, Any]) -> str:
@@ -156,6 +159,69 @@ class Ground:
             raise changed_inputs(path)
         shutil.rmtree(path)
         return False
+
+    def train(
+        self,
+        base: Base,
+        model: nn.Module,
+        items: Sequence[Tokens],
+        options: TuneSection,
+        *,
+        path: Path,
+        fingerprint: str,
+        name: str,
+        stop_after_epochs: int | None = None,
+    ) -> TuneResult:
+        """Train a model on examples, resume, or read what is finished; told to the progress.
+
+        Args:
+            base: the model's base, for its padding, device and precision.
+            model: what trains.
+            items: the examples.
+            options: learning rate, epochs and so on.
+            path: where checkpoints and the result lie.
+            fingerprint: of everything but examples and options.
+            name: of the arm.
+            stop_after_epochs: end there, whatever the schedule.
+
+        Raises:
+            IncompatibleRunError: `path` holds other work, and no change was allowed by name.
+        """
+        step = options.batch_size * options.accumulation
+        n_steps = (stop_after_epochs or options.epochs) * -(-len(items) // step)
+        with self.progress.phase(name, n_steps, "steps") as advance:
+
+            def log(line: dict[str, Any]) -> None:
+                if "step" in line:
+                    advance(1)
+                elif "warning" in line:
+                    self.progress.note(str(line["warning"]))
+                elif line.get("start"):
+                    advance(int(line["start"]))
+
+            def run() -> TuneResult:
+                return tune(
+                    model,
+                    items,
+                    options,
+                    output=path,
+                    seed=self.recipe.seed,
+                    pad_id=base.pad_id,
+                    precision=base.precision,
+                    device=base.device.type,
+                    fingerprint=fingerprint,
+                    name=name,
+                    log=log,
+                    stop_after_epochs=stop_after_epochs,
+                )
+
+            try:
+                return run()
+            except IncompatibleRunError:
+                if not self.allow:
+                    raise
+                shutil.rmtree(path)
+                return run()
 
     @contextmanager
     def charge(self, step: str, path: Path) -> Generator[None]:

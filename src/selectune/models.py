@@ -6,7 +6,8 @@ What moves between versions of transformers and peft when a model is loaded is t
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -236,11 +237,20 @@ def add_adapter(model: nn.Module, section: AdapterSection, *, seed: int) -> nn.M
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # peft warns about every Conv1D beside a Linear when "all-linear" meets both.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+        with _quiet():
             adapted = get_peft_model(cast("Any", model), config)
     return cast("nn.Module", adapted)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Silence what peft 0.21 says about itself, not about the user's model."""
+    with warnings.catch_warnings():
+        # It asks transformers 5.24 for a renamed property; gone with a newer peft.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # It says so of every Conv1D beside a Linear when "all-linear" meets both.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+        yield
 
 
 def _unfreeze_layers(model: nn.Module, layers: Iterable[int] | None) -> None:
@@ -290,9 +300,10 @@ def load_adapter(base: Base, path: str | Path) -> nn.Module:
     for p in base.model.parameters():
         p.requires_grad_(False)
     try:
-        adapted = PeftModel.from_pretrained(
-            cast("Any", base.model), str(folder), config=config, is_trainable=True
-        )
+        with _quiet():
+            adapted = PeftModel.from_pretrained(
+                cast("Any", base.model), str(folder), config=config, is_trainable=True
+            )
     except (RuntimeError, ValueError) as error:
         raise _other_base(folder, str(error).split("\n", 1)[0]) from error
     places = {

@@ -212,7 +212,9 @@ def _lines(ground: Ground, facts: Mapping[str, Any], trained: Mapping[str, int])
     return lines + [f"  {t.id}  {masked(preview(t, ground.tokenizer))}" for t in shown]
 
 
-def _table(title: str, parts: Mapping[str, float], unit: float, name: str) -> list[str]:
+def _table(
+    title: str, parts: Mapping[str, int | float], unit: int, name: str
+) -> list[str]:
     rows = [f"{title:<8}{sum(parts.values()) / unit:>10,.1f} {name}"]
     rows += [f"        {value / unit:>10,.1f}    {cause}" for cause, value in parts.items()]
     return rows

@@ -11,7 +11,7 @@ from torch import nn
 
 from selectune.data import collate, length_sorted_batches
 from selectune.errors import IncompatibleRunError, SelectionError
-from selectune.files import open_dir, staged
+from selectune.files import KillPoint, kill_point, open_dir, staged
 from selectune.gradients.engine import GradientEngine, example_loss
 from selectune.gradients.store import GradientStore, StoredPool, Target
 from selectune.ground import Ground, digest
@@ -24,7 +24,6 @@ from selectune.models import (
 from selectune.registry import Entry, get
 from selectune.select.evidence import Evidence
 from selectune.selection import Scores
-from selectune.training import tune
 
 
 def warmup_ids(ground: Ground) -> list[str]:
@@ -63,21 +62,17 @@ def warmed_model(ground: Ground, base: Base) -> nn.Module:
     )
     path = ground.place("warmup", "warmup", digest({"w": fingerprint, "t": options.model_dump()}))
     items = [ground.tokens.by_id[i] for i in ids]
-    with ground.progress.phase("warm-up", None, "steps") as advance:
-        result = tune(
-            model,
-            items,
-            options,
-            output=path,
-            seed=recipe.seed,
-            pad_id=base.pad_id,
-            precision=base.precision,
-            device=base.device.type,
-            fingerprint=fingerprint,
-            name="warm-up",
-            log=lambda line: advance(1) if "step" in line else None,
-            stop_after_epochs=recipe.warmup.epochs,
-        )
+    result = ground.train(
+        base,
+        model,
+        items,
+        options,
+        path=path,
+        fingerprint=fingerprint,
+        name="warm-up",
+        stop_after_epochs=recipe.warmup.epochs,
+    )
+    kill_point(KillPoint.WARMUP_DONE)
     ground.costs["warmup"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
     return model
 

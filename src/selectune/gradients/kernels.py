@@ -348,7 +348,7 @@ def embedding(call: Call, name: str) -> Rows | None:
         return None
     if name != "weight" or T.ndim != 2:
         return None
-    is_learnt = T != (-1 if module.padding_idx is None else module.padding_idx)
+    is_learnt = (-1 if module.padding_idx is None else module.padding_idx) != T
     return EmbeddingRows(T, exact(call.D) * is_learnt[..., None], module.num_embeddings)
 
 
