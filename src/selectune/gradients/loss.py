@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -65,7 +66,11 @@ def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int
 
     handle = None if head is None else head.register_forward_pre_hook(before_head)
     try:
-        logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        # peft widens the input of every adapter to the factors' fp32, which autocast narrows again
+        # at once: the same numbers, and an fp32 copy of the activations per adapted module.
+        is_half = torch.is_autocast_enabled(tokens.device.type)
+        with disable_input_dtype_casting(model, active=is_half):
+            logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
     finally:
         if handle is not None:
             handle.remove()

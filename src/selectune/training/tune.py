@@ -156,7 +156,9 @@ def tune(
 
     def train(start: Checkpoint | None) -> tuple[list[dict[str, Any]], int]:
         with _borrowed(model), interrupts:
-            arguments = _arguments(options, batches, output, seed, precision, device, every)
+            arguments = _arguments(
+                options, batches, output, seed, precision, device, every, stop_after_epochs
+            )
             trainer = _build(options.trainer, model, items, arguments, watch, batches, pad_id)
             path = None if start is None else str(start.path)
             cast("Any", trainer).train(resume_from_checkpoint=path)
@@ -228,8 +230,10 @@ def _arguments(
     precision: str,
     device: str,
     every: int,
+    stop_after_epochs: int | None,
 ) -> TrainingArguments:
     n_steps = batches.n_steps * options.epochs
+    n_run = batches.n_steps * (stop_after_epochs or options.epochs)
     common: dict[str, Any] = {
         "output_dir": str(output),
         "per_device_train_batch_size": options.batch_size,
@@ -238,7 +242,7 @@ def _arguments(
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": options.scheduler,
         # A rate that only rises would leave a run of one step with a rate of 0.
-        "warmup_steps": min(math.ceil(options.warmup_ratio * n_steps), n_steps - 1),
+        "warmup_steps": min(math.ceil(options.warmup_ratio * n_steps), n_run - 1),
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
         "optim": options.optimizer,
