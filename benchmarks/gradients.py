@@ -2,7 +2,7 @@
 
 SmolLM2-135M, LoRA r 8 on q, k, v, o, 8 examples of 128 tokens, every token a target. Both arms run
 the same forward pass and loss. `plain` fills `.grad`; `rows` hands every example's dense gradient
-of every factor to a consumer that takes its norm. Steps are interleaved, medians printed. Peak memory
+of every factor to a consumer that takes its norm. Steps are interleaved, medians printed. Memory
 is of a process of its own for each arm, so that neither profits from the other's allocations.
 
     python benchmarks/gradients.py [--quick]

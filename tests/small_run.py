@@ -1,4 +1,4 @@
-"""A whole run in small: the recipe over a workspace, in this process or as a user would start it."""
+"""A whole run in small: a recipe over a workspace, in this process or as a user starts it."""
 
 import os
 import subprocess

@@ -10,10 +10,10 @@ from selectune.data import Example, near_duplicates
 from selectune.evaluation import Evaluation, evaluate
 from selectune.files import KillPoint, kill_point, open_dir, staged
 from selectune.ground import Ground, digest
+from selectune.methods.rules import Budget, select
 from selectune.models import add_adapter, load_tuned
 from selectune.registry import get
 from selectune.scoring import score_pool
-from selectune.select.rules import Budget, select
 from selectune.selection import Scores, Selection
 from selectune.training import TuneResult
 

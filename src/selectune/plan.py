@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from selectune.arms import FULL
 from selectune.data import preview
 from selectune.ground import Ground
+from selectune.methods.rules import Budget
 from selectune.models import (
     add_adapter,
     blocks,
@@ -24,7 +25,6 @@ from selectune.models import (
     load_config,
 )
 from selectune.registry import get
-from selectune.select.rules import Budget
 
 _LIBRARIES_BYTES = 650 << 20  # resident after importing torch, transformers, peft and datasets
 _SAVED_PER_HIDDEN = 16  # activations kept for backward, per token and block, in hidden sizes
@@ -212,9 +212,7 @@ def _lines(ground: Ground, facts: Mapping[str, Any], trained: Mapping[str, int])
     return lines + [f"  {t.id}  {masked(preview(t, ground.tokenizer))}" for t in shown]
 
 
-def _table(
-    title: str, parts: Mapping[str, int | float], unit: int, name: str
-) -> list[str]:
+def _table(title: str, parts: Mapping[str, int | float], unit: int, name: str) -> list[str]:
     rows = [f"{title:<8}{sum(parts.values()) / unit:>10,.1f} {name}"]
     rows += [f"        {value / unit:>10,.1f}    {cause}" for cause, value in parts.items()]
     return rows

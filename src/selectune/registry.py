@@ -17,8 +17,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # The packages whose import registers the methods of a family.
 _HOMES: dict[Family, str] = {
-    "data_scorer": "selectune.select.data",
-    "selection_rule": "selectune.select.rules",
+    "data_scorer": "selectune.methods.data",
+    "selection_rule": "selectune.methods.rules",
 }
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SECTION = re.compile(r"^(Paper|Cost|Fails)\s+(.*(?:\n\s{2,}.*)*)", re.MULTILINE)

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from selectune.data import collate, length_sorted_batches
 from selectune.errors import IncompatibleRunError, SelectionError
 from selectune.files import KillPoint, kill_point, open_dir, staged
-from selectune.gradients.engine import GradientEngine, example_loss
+from selectune.gradients.engine import GradientEngine, pool_losses
 from selectune.gradients.store import GradientStore, StoredPool, Target
 from selectune.ground import Ground, digest
+from selectune.methods.evidence import Evidence
 from selectune.models import (
     Base,
     add_adapter,
@@ -22,7 +22,6 @@ from selectune.models import (
     trainable_fingerprint,
 )
 from selectune.registry import Entry, get
-from selectune.select.evidence import Evidence
 from selectune.selection import Scores
 
 
@@ -153,19 +152,18 @@ def base_losses(ground: Ground) -> Float[np.ndarray, " n"]:
         ground.recall("losses", path)
         return _array(open_dir(path, kind="losses").read_tensors("losses.safetensors")["losses"])
     pool = ground.tokens.pool
-    losses = np.zeros(len(pool), np.float32)
-    model = base.model.eval()
-    batches = length_sorted_batches(pool.lengths, token_budget=ground.recipe.score.token_budget)
     with (
         ground.charge("losses", path),
         ground.progress.phase("base losses", len(pool), "examples") as advance,
-        torch.inference_mode(),
     ):
-        for rows in batches:
-            items = [pool[k] for k in rows]
-            batch = collate(items, pad_id=base.pad_id, device=base.device)
-            losses[rows] = example_loss(model, batch, base.precision).float().cpu().numpy()
-            advance(len(rows))
+        losses = pool_losses(
+            base.model,
+            pool,
+            pad_id=base.pad_id,
+            precision=base.precision,
+            token_budget=ground.recipe.score.token_budget,
+            advance=advance,
+        )
         with staged(path, kind="losses", meta={"fingerprint": fingerprint}) as stage:
             stage.write_tensors("losses.safetensors", {"losses": losses})
     return losses

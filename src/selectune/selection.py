@@ -1,6 +1,6 @@
 """Values that print, compare, combine and save: the scores of a pool, and what was chosen."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,31 @@ class Selection:
     def __invert__(self) -> "Selection":
         return self._with(sorted(self.universe - set(self.ids)))
 
-    def examples(self, pool: Sequence[Any]) -> list[Any]:
-        """Return the chosen items of `pool` (anything with an `id`), best first.
+    def examples(self, pool: Any) -> Any:  # noqa: ANN401
+        """Return the chosen items of `pool`, best first.
+
+        Args:
+            pool: a datasets.Dataset or a list of rows, as it was scored, or a sequence of anything
+                with an `id`.
+
+        Returns:
+            A Dataset for a Dataset, else a list.
 
         Raises:
             SelectionError: the pool lacks a chosen example.
         """
+        if pool and not hasattr(pool[0], "id"):
+            # The one arrow that points up: a user's rows get their ids from the data package,
+            # and a user of selections alone does not pay for importing it.
+            from selectune.data import read_examples
+
+            place = {e.id: k for k, e in enumerate(read_examples(pool))}
+            rows = [place[i] for i in self._found_in(place)]
+            return pool.select(rows) if hasattr(pool, "select") else [pool[k] for k in rows]
         by_id = {item.id: item for item in pool}
+        return [by_id[i] for i in self._found_in(by_id)]
+
+    def _found_in(self, by_id: Mapping[str, Any]) -> tuple[str, ...]:
         missing = [i for i in self.ids if i not in by_id]
         if missing:
             raise SelectionError(
@@ -170,7 +188,7 @@ class Selection:
                 why="the selection was made from another pool, or the pool has changed since",
                 do="score and select again on this pool",
             )
-        return [by_id[i] for i in self.ids]
+        return self.ids
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a checksummed folder that `from_pretrained` reads back."""

@@ -17,11 +17,11 @@ from selectune.gradients.engine import GradientEngine
 from selectune.gradients.facts import GradientFacts
 from selectune.gradients.store import GradientStore, StoredPool, Target
 from selectune.gradients.subspace import rank_left_out, spectrum
+from selectune.methods.data.gist import GistOptions
+from selectune.methods.data.gist import score as gist
+from selectune.methods.evidence import Evidence
 from selectune.progress import Silent
 from selectune.registry import get
-from selectune.select.data.gist import GistOptions
-from selectune.select.data.gist import score as gist
-from selectune.select.evidence import Evidence
 
 
 def facts_of(pool: np.ndarray, targets: np.ndarray, groups: list[str] | None = None) -> Evidence:

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from small_run import small_recipe
 
 from selectune.errors import (
     ConfigError,
@@ -18,6 +16,7 @@ from selectune.errors import (
 )
 from selectune.recipe import Recipe, load_recipe
 from selectune.run import Run, verify
+from small_run import small_recipe
 
 
 def made(folder: Path, *overrides: str, allow: tuple[str, ...] = ()) -> Run:
@@ -26,11 +25,11 @@ def made(folder: Path, *overrides: str, allow: tuple[str, ...] = ()) -> Run:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     small_recipe(folder)
     made(folder).all()
-    yield folder
+    return folder
 
 
 @pytest.fixture
@@ -275,7 +274,7 @@ def test_weights_with_nan_are_named_before_hours_are_lost(tmp_path: Path) -> Non
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(tmp_path / "model")
     recipe = load_recipe(tmp_path / "recipe.yaml", ["warmup.epochs=0"])
-    with pytest.raises(Exception, match="not a (finite )?number"):
+    with pytest.raises(Exception, match=r"not a (finite )?number"):
         Run(recipe, out=tmp_path / "run").score()
 
 

@@ -10,7 +10,7 @@ from selectune.data.checks import (
 from selectune.data.collate import NO_LOSS, Batch, collate, length_sorted_batches
 from selectune.data.demo import DemoAssets, demo_assets
 from selectune.data.examples import Example, ExampleSet, content_key, plain_text
-from selectune.data.read import read_examples
+from selectune.data.read import Spec, read_examples
 from selectune.data.tokens import Tokenized, Tokens, option_tokens, preview, tokenize
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Example",
     "ExampleSet",
     "LeakReport",
+    "Spec",
     "Tokenized",
     "Tokens",
     "collate",

@@ -7,14 +7,15 @@ gradient. A functional call around a module, a fused head or an odd norm is thus
 """
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selectune.data.collate import Batch
+from selectune.data import Batch, Tokens, collate, length_sorted_batches
 from selectune.errors import CoverageError, SelectionError
 from selectune.gradients.capture import Capture, Consumer, refuse_declined, trainable
 from selectune.gradients.kernels import DenseRows, Rows, exact
@@ -45,6 +46,40 @@ def example_loss(model: nn.Module, batch: Batch, precision: str = "float32") -> 
     with precision_of(batch.input_ids.device, precision):
         nats, n_tokens = target_nll(model, batch)
     return nats / n_tokens
+
+
+def pool_losses(
+    model: nn.Module,
+    tokens: Sequence[Tokens],
+    *,
+    pad_id: int,
+    precision: str,
+    token_budget: int,
+    advance: Callable[[int], None] | None = None,
+) -> Float[np.ndarray, " n"]:
+    """Return the loss of every example from one forward pass each, dropout off, no gradients.
+
+    Args:
+        model: in any mode, and left in it.
+        tokens: the examples.
+        pad_id: token id for padding.
+        precision: autocast of the forward pass.
+        token_budget: padded tokens in one batch.
+        advance: called with the number of examples just done.
+    """
+    losses = np.zeros(len(tokens), np.float32)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    lengths = [len(t.input_ids) for t in tokens]
+    with torch.inference_mode():
+        for rows in length_sorted_batches(lengths, token_budget=token_budget):
+            batch = collate([tokens[k] for k in rows], pad_id=pad_id, device=device)
+            losses[rows] = example_loss(model, batch, precision).float().cpu().numpy()
+            if advance is not None:
+                advance(len(rows))
+    model.train(was_training)
+    return losses
 
 
 class GradientEngine:

@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from selectune.methods.evidence import Evidence
 from selectune.registry import data_scorer
-from selectune.select.evidence import Evidence
 from selectune.selection import Scores
 
 

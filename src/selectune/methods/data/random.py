@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from selectune.methods.evidence import Evidence
 from selectune.registry import data_scorer
-from selectune.select.evidence import Evidence
 from selectune.selection import Scores
 
 

@@ -24,8 +24,8 @@ from pydantic import Field
 from selectune.errors import SelectionError
 from selectune.gradients.facts import GradientFacts
 from selectune.gradients.subspace import Spectrum, rank_by_energy, rank_left_out, spectrum
+from selectune.methods.evidence import Evidence
 from selectune.registry import data_scorer
-from selectune.select.evidence import Evidence
 from selectune.selection import Scores
 
 Aggregate = Literal["max_example", "max_subtask_mean", "mean_example", "per_subtask"]

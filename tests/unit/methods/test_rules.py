@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selectune.errors import SelectionError
+from selectune.methods.rules import Budget, select
 from selectune.registry import get, methods
-from selectune.select.rules import Budget, select
 from selectune.selection import Scores, Selection
 
 N = 20

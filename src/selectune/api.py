@@ -1,0 +1,159 @@
+"""Scores and selections from Python, for models and data that are already loaded.
+
+A recipe does the same with warm-up, resume, controls and a report: see `selectune.run.Run`.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from selectune.data import Spec, read_examples, tokenize
+from selectune.errors import ConfigError, SelectionError
+from selectune.gradients.engine import GradientEngine, pool_losses
+from selectune.gradients.store import GradientStore, Target
+from selectune.methods.evidence import Evidence
+from selectune.methods.rules import Budget
+from selectune.methods.rules import select as fill
+from selectune.models import add_adapter, choose_precision, load_base
+from selectune.progress import Silent
+from selectune.recipe import AdapterSection, ModelSection
+from selectune.registry import get
+from selectune.selection import Scores, Selection
+
+
+def score(
+    method: str,
+    model: nn.Module | str | Path,
+    pool: Spec,
+    target: Spec | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 512,
+    token_budget: int = 2048,
+    precision: str | None = None,
+    seed: int = 0,
+    **options: Any,  # noqa: ANN401
+) -> Scores:
+    """Score every pool example; higher is better.
+
+    Args:
+        method: a data scorer, such as "gist"; `selectune methods` lists them.
+        model: a causal LM whose trainable parameters are what gradients are taken of (a peft model
+            as it stands), or a path or Hub name, which gets a fresh LoRA r 8.
+        pool: path, Hub name, datasets.Dataset or list of rows.
+        target: the few examples that stand for the task; for scorers that need them.
+        tokenizer: of the model; None loads it from where the model came from.
+        max_length: tokens kept of an example.
+        token_budget: padded tokens in one batch.
+        precision: "float32" or "bfloat16"; None takes the type of the model's weights.
+        seed: for scorers that draw.
+        options: of the method, such as `rank=9`.
+
+    Raises:
+        ConfigError: an unknown method or option, or a target is needed and missing.
+        DataError: the data cannot be used.
+        CoverageError: a trainable parameter would get no gradient per example.
+    """
+    entry = get("data_scorer", method)
+    parsed = entry.parse(options)
+    if "gradients" in entry.needs and target is None:
+        raise ConfigError(
+            f"{method} needs target examples",
+            where="target",
+            why="it compares every pool example with the examples of your task",
+            do="give target=, a few rows of the task, or use a scorer such as perplexity",
+        )
+    loaded, tokenizer, precision = _loaded(model, tokenizer, precision, seed)
+    pad_id = cast("int | None", tokenizer.pad_token_id) or 0
+    tokens = tokenize(read_examples(pool), tokenizer, max_length=max_length)
+    ids = tuple(t.id for t in tokens)
+    if "gradients" not in entry.needs:
+        losses = None
+        if "losses" in entry.needs:
+            losses = pool_losses(
+                loaded, tokens, pad_id=pad_id, precision=precision, token_budget=token_budget
+            )
+        return entry.function(Evidence(ids, tokens.n_targets, seed, losses), parsed)
+    examples = read_examples(cast("Spec", target), what="target")
+    aims = tokenize(examples, tokenizer, max_length=max_length)
+    groups = {e.id: e.group for e in examples}
+    was_training = loaded.training
+    with tempfile.TemporaryDirectory(prefix="selectune-") as folder:
+        stored = GradientStore(Path(folder) / "store", {}).compute(
+            GradientEngine(loaded, precision=precision),
+            tokens,
+            [Target(t, "target", groups[t.id]) for t in aims],
+            pad_id=pad_id,
+            token_budget=token_budget,
+            shard_examples=len(tokens),
+            progress=Silent(),
+        )
+    loaded.train(was_training)
+    evidence = Evidence(ids, tokens.n_targets, seed, None, stored.facts)
+    return entry.function(evidence, parsed)
+
+
+def select(
+    scores: Scores,
+    budget: float | int | str = 0.05,
+    *,
+    rule: str = "topk",
+    sources: Mapping[str, str] | None = None,
+    n_tokens: Mapping[str, int] | None = None,
+    quotas: Mapping[str, tuple[float, float]] | None = None,
+) -> Selection:
+    """Choose examples by their scores.
+
+    Args:
+        scores: what `score` returned.
+        budget: a share (0.05), a number of examples (500) or of tokens ("20000 tokens").
+        rule: a selection rule, such as "topk" or "round_robin".
+        sources: each example's source by id, for quotas.
+        n_tokens: each example's length by id, for a budget in tokens.
+        quotas: source -> least and most share of the selection.
+
+    Raises:
+        ConfigError: an unknown rule.
+        SelectionError: the budget or a quota cannot be met.
+    """
+    if isinstance(budget, str) and n_tokens is None:
+        raise SelectionError(
+            "a budget in tokens needs the examples' lengths",
+            where="n_tokens",
+            do="give n_tokens={id: tokens}, or a budget as a share or a count",
+        )
+    return fill(
+        scores,
+        get("selection_rule", rule),
+        Budget.of(budget, len(scores)),
+        sources=sources or dict.fromkeys(scores.ids, ""),
+        n_tokens=n_tokens or dict.fromkeys(scores.ids, 1),
+        quotas=quotas,
+    )
+
+
+def _loaded(
+    model: nn.Module | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    precision: str | None,
+    seed: int,
+) -> tuple[nn.Module, PreTrainedTokenizerBase, str]:
+    if not isinstance(model, nn.Module):
+        asked = ModelSection(base=str(model), dtype=cast("Any", precision or "auto"))
+        base = load_base(asked, adapter=AdapterSection())
+        section = AdapterSection(modules="all-linear")
+        adapted = add_adapter(base.model, section, seed=seed)
+        return adapted, tokenizer or base.tokenizer, base.precision
+    held = next(p for p in model.parameters() if p.is_floating_point()).dtype
+    if tokenizer is None:
+        name = str(cast("Any", model).config.name_or_path)
+        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(name))
+    names = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    found = precision or names.get(held, "float32")
+    device = next(model.parameters()).device
+    return model, tokenizer, choose_precision(found, device)

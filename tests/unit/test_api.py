@@ -1,0 +1,112 @@
+"""The Python calls of the README, around loaded models and inside both trainers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+import selectune
+from selectune.errors import ConfigError, SelectionError
+from workspace import make_workspace
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("api"))
+
+
+def adapted(folder: Path) -> Any:  # noqa: ANN401
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
+
+
+def rows(folder: Path, name: str) -> Dataset:
+    return Dataset.from_json(str(folder / f"{name}.jsonl"), cache_dir=str(folder / "cache"))
+
+
+def test_score_select_and_hand_over_a_dataset(folder: Path) -> None:
+    pool = rows(folder, "pool")
+    scores = selectune.score("gist", adapted(folder), pool, rows(folder, "target"), rank=3)
+    assert len(scores) == len(pool)
+    assert scores.about["rank"] == 3
+    picks = selectune.select(scores, budget=0.1)
+    chosen = picks.examples(pool)
+    assert isinstance(chosen, Dataset)
+    assert chosen.column_names == pool.column_names
+    assert len(chosen) == len(picks) == 6
+    assert [r["prompt"] for r in picks.examples(pool.to_list())] == chosen["prompt"][:]
+
+
+def test_a_path_is_as_good_as_a_loaded_model(folder: Path) -> None:
+    model, pool, target = (str(folder / n) for n in ("model", "pool.jsonl", "target.jsonl"))
+    scores = selectune.score("grad_cosine", model, pool, target, precision="float32")
+    again = selectune.score("grad_cosine", model, pool, target, precision="float32")
+    assert scores.score.tolist() == again.score.tolist()
+
+
+@pytest.mark.parametrize("method", ["random", "length", "perplexity"])
+def test_scorers_without_targets_need_none(folder: Path, method: str) -> None:
+    scores = selectune.score(method, adapted(folder), rows(folder, "pool"))
+    assert len(selectune.select(scores, 5)) == 5
+
+
+def test_what_is_missing_is_told(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="gist needs target examples"):
+        selectune.score("gist", adapted(folder), rows(folder, "pool"))
+    scores = selectune.score("random", adapted(folder), rows(folder, "pool"))
+    with pytest.raises(SelectionError, match="lengths"):
+        selectune.select(scores, "100 tokens")
+    with pytest.raises(AttributeError, match="no attribute"):
+        _ = selectune.nothing
+
+
+def test_scoring_leaves_the_model_as_it_was(folder: Path) -> None:
+    model = adapted(folder).train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    selectune.score("gist", model, rows(folder, "pool"), rows(folder, "target"))
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all((before[n] == p).all() for n, p in model.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_selection_trains_in_transformers_trainer(folder: Path, tmp_path: Path) -> None:
+    model, pool = adapted(folder), rows(folder, "pool")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    scores = selectune.score("gist", model, pool, rows(folder, "target"), tokenizer=tokenizer)
+    chosen = selectune.select(scores, 8).examples(pool)
+    texts = [r["prompt"] + r["completion"] for r in chosen]
+    data = [tokenizer(text) for text in texts]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True,
+        report_to="none", disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator)
+    assert trainer.train().global_step == 2
+
+
+# trl 1.16 hands transformers 5.24 an argument under the name that it renamed.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
+def test_the_selection_trains_in_trl(folder: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    model, pool = adapted(folder), rows(folder, "pool")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    scores = selectune.score("gist", model, pool, rows(folder, "target"), tokenizer=tokenizer)
+    chosen = selectune.select(scores, 8).examples(pool).select_columns(["prompt", "completion"])
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True,
+        bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=chosen, processing_class=tokenizer)
+    assert trainer.train().global_step == 2
