@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from selectune.data import Example, near_duplicates
 from selectune.evaluation import Evaluation, evaluate
 from selectune.files import KillPoint, kill_point, open_dir, staged
 from selectune.ground import Ground, digest
 from selectune.methods.rules import Budget, select
-from selectune.models import add_adapter, load_tuned
+from selectune.models import Base, add_adapter, load_tuned
 from selectune.registry import get
 from selectune.scoring import score_pool
 from selectune.selection import Scores, Selection
@@ -118,7 +120,7 @@ def evaluate_arm(
         questions: examples by task.
     """
     recipe, section = ground.recipe, ground.recipe.evaluate
-    base = None
+    loaded: tuple[Base, nn.Module] | None = None
     found: dict[str, Evaluation] = {}
     for task, examples in questions.items():
         asked = list(examples)[: section.limit]
@@ -140,9 +142,10 @@ def evaluate_arm(
             left_out: list[str] = opened.read_json("left_out.json")
             found[task] = Evaluation(opened.read_table("answers.parquet"), tuple(left_out))
             continue
-        if base is None:
+        if loaded is None:
             base = ground.base()
-            model = base.model if path is None else load_tuned(base, path)
+            loaded = base, base.model if path is None else load_tuned(base, path)
+        base, model = loaded
         n = sum(max(1, len(e.options)) for e in asked)
         with (
             ground.charge(step, folder),

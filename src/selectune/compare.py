@@ -238,17 +238,19 @@ class _Grid:
         changed = ground.recipe.changed({"tune.learning_rate": lr, "tune.epochs": epochs})
         return tune_arm(ground.with_recipe(changed), name, selection)
 
-    def settings(self) -> list[tuple[float, int]]:
-        """Return the learning rates and epochs to try."""
+    def settings(self, method: MatrixMethod) -> list[tuple[float, int]]:
+        """Return the learning rates and epochs to try for a method."""
         tune = self.recipe.tune
         grid = self.matrix.tune
         rates = grid.learning_rate if grid and grid.learning_rate else [tune.learning_rate]
         epochs = grid.epochs if grid and grid.epochs else [tune.epochs]
+        if method.epochs is not None:
+            epochs = [method.epochs]
         return list(itertools.product(rates, epochs))
 
     def setting(self, method: MatrixMethod, task: str) -> tuple[float, int]:
         """Return the setting with the lowest answer loss on the targets held aside."""
-        settings = self.settings()
+        settings = self.settings(method)
         if len(settings) == 1:
             return settings[0]
         seed = self.matrix.seeds[0]

@@ -195,6 +195,9 @@ class MatrixMethod(Section):
     name: Text = Field(description="what the table calls it")
     method: Text = Field(description="scorer; `selectune methods` lists them")
     options: dict[str, Any] = Field(default={}, description="options of the scorer")
+    epochs: Count | None = Field(
+        None, description="epochs of this method alone, such as 1 for full; null: as the others"
+    )
 
 
 class TuneGrid(Section):

@@ -150,7 +150,7 @@ def select(
         "n_candidates": len(scores),
         "n_dropped": len(dropped or {}),
     }
-    universe = frozenset([*scores.ids, *(dropped or {})])
+    universe: frozenset[str] = frozenset([*scores.ids, *(dropped or {})])
     return Selection(tuple(fill.chosen), universe, reasons, fingerprint, about)
 
 
