@@ -3,6 +3,7 @@
 A recipe does the same with warm-up, resume, controls and a report: see `selectune.run.Run`.
 """
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from selectune.data import Spec, read_examples, tokenize
+from selectune.data import Spec, Tokenized, read_examples, tokenize
 from selectune.errors import ConfigError, SelectionError
-from selectune.gradients.engine import GradientEngine, pool_losses
+from selectune.gradients.engine import GradientEngine, dropout_off, pool_losses
 from selectune.gradients.store import GradientStore, Target
 from selectune.methods.evidence import Evidence
 from selectune.methods.rules import Budget
@@ -24,6 +25,8 @@ from selectune.progress import Silent
 from selectune.recipe import AdapterSection, ModelSection
 from selectune.registry import get
 from selectune.selection import Scores, Selection
+
+_log = logging.getLogger(__name__)
 
 
 def score(
@@ -48,7 +51,7 @@ def score(
         pool: path, Hub name, datasets.Dataset or list of rows.
         target: the few examples that stand for the task; for scorers that need them.
         tokenizer: of the model; None loads it from where the model came from.
-        max_length: tokens kept of an example.
+        max_length: tokens kept of an example; one without a target token left gets no score.
         token_budget: padded tokens in one batch.
         precision: "float32" or "bfloat16"; None takes the type of the model's weights.
         seed: for scorers that draw.
@@ -71,6 +74,7 @@ def score(
     loaded, tokenizer, precision = _loaded(model, tokenizer, precision, seed)
     pad_id = cast("int | None", tokenizer.pad_token_id) or 0
     tokens = tokenize(read_examples(pool), tokenizer, max_length=max_length)
+    _tell_cut(tokens, "pool", max_length)
     ids = tuple(t.id for t in tokens)
     if "gradients" not in entry.needs:
         losses = None
@@ -81,9 +85,9 @@ def score(
         return entry.function(Evidence(ids, tokens.n_targets, seed, losses), parsed)
     examples = read_examples(cast("Spec", target), what="target")
     aims = tokenize(examples, tokenizer, max_length=max_length)
+    _tell_cut(aims, "target", max_length)
     groups = {e.id: e.group for e in examples}
-    was_training = loaded.training
-    with tempfile.TemporaryDirectory(prefix="selectune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="selectune-") as folder, dropout_off(loaded):
         stored = GradientStore(Path(folder) / "store", {}).compute(
             GradientEngine(loaded, precision=precision),
             tokens,
@@ -93,7 +97,6 @@ def score(
             shard_examples=len(tokens),
             progress=Silent(),
         )
-    loaded.train(was_training)
     evidence = Evidence(ids, tokens.n_targets, seed, None, stored.facts)
     return entry.function(evidence, parsed)
 
@@ -135,6 +138,15 @@ def select(
         n_tokens=n_tokens or dict.fromkeys(scores.ids, 1),
         quotas=quotas,
     )
+
+
+def _tell_cut(tokens: Tokenized, what: str, max_length: int) -> None:
+    if tokens.n_truncated:
+        _log.warning(
+            "%d %s examples were cut to %d tokens; %d kept no target token and are left out: "
+            "raise max_length",
+            tokens.n_truncated, what, max_length, len(tokens.empty_ids),
+        )  # fmt: skip
 
 
 def _loaded(

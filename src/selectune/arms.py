@@ -12,7 +12,7 @@ from selectune.data import Example, near_duplicates
 from selectune.evaluation import Evaluation, evaluate
 from selectune.files import KillPoint, kill_point, open_dir, staged
 from selectune.ground import Ground, digest
-from selectune.methods.rules import Budget, select
+from selectune.methods.rules import Budget, select, target_columns
 from selectune.models import Base, add_adapter, load_tuned
 from selectune.registry import get
 from selectune.scoring import score_pool
@@ -41,11 +41,14 @@ def choose(ground: Ground, scores: Scores, fingerprint: str) -> Selection:
         SelectionError: the budget, a quota or the rule cannot be met.
     """
     section = ground.recipe.select
+    rule = section.rule
+    if scores.method != ground.recipe.score.method and not target_columns(scores):
+        rule = "topk"  # a control that does not look at the targets has no turns to give them
     by_id = {e.id: e for e in ground.prepared.candidates}
     lengths = {t.id: len(t.input_ids) for t in ground.tokens.pool}
     return select(
         scores,
-        get("selection_rule", section.rule, where="select.rule"),
+        get("selection_rule", rule, where="select.rule"),
         Budget.of(section.budget, len(scores)),
         sources={i: by_id[i].source for i in scores.ids},
         n_tokens=lengths,

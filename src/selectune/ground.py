@@ -58,6 +58,7 @@ class Ground:
         self._tasks = tasks
         self.costs: dict[str, dict[str, Any]] = {}
         self._base_fingerprint: str | None = None
+        self.expected_base: str | None = None
         self.stored: StoredPool | None = None
 
     @cached_property
@@ -86,6 +87,9 @@ class Ground:
             self.progress.note(f"{tokens.pool.n_truncated} pool examples were cut to max_length")
         if tokens.dropped:
             self.progress.note(f"{len(tokens.dropped)} pool examples kept no target token: dropped")
+        for task, targets in tokens.targets.items():
+            if n := len(targets.empty_ids):
+                self.progress.note(f"{n} targets of {task} kept no target token: left out")
         return tokens
 
     @property
@@ -122,10 +126,27 @@ class Ground:
         return {**self.prepared.dropped, **self.tokens.dropped}
 
     def base(self) -> Base:
-        """Load the untouched base; every step that trains or adapts it takes a fresh one."""
+        """Load the untouched base; every step that trains or adapts it takes a fresh one.
+
+        Raises:
+            IncompatibleRunError: it is not the base that earlier steps of the run saw.
+        """
         base = load_base(self.assets.model, adapter=self.recipe.adapter)
-        self._base_fingerprint = base.fingerprint
+        if base.fingerprint != (self.expected_base or base.fingerprint):
+            raise IncompatibleRunError(
+                "the base model has changed since the run began",
+                where=self.assets.model.base,
+                why=f"the scores were made with {self.expected_base}, its weights are now "
+                f"{base.fingerprint}",
+                do="choose another output folder, or put the base back",
+            )
+        self._base_fingerprint = self.expected_base = base.fingerprint
         return base
+
+    @property
+    def seen_base(self) -> str | None:
+        """The fingerprint of the base's weights, None as long as no step needed them."""
+        return self._base_fingerprint
 
     @property
     def base_fingerprint(self) -> str:

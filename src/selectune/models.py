@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -32,7 +38,7 @@ from selectune.errors import (
     SelectionError,
     nearest,
 )
-from selectune.files import open_dir
+from selectune.files import open_dir, sha256_file
 from selectune.recipe import AdapterSection, ModelSection
 
 
@@ -100,11 +106,18 @@ def load_base(section: ModelSection, *, adapter: AdapterSection) -> Base:
             attn_implementation=section.attention,
         )
     except SafetensorError as error:
-        raise CorruptFileError(
-            f"the weights of {section.base} cannot be read",
-            where=section.base,
-            why=str(error),
-            do="copy or download the model again",
+        raise _unreadable(section, str(error)) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        why = "a weight has another shape than config.json gives it"
+        raise _unreadable(section, why) from error
+    except ImportError as error:
+        raise ConfigError(
+            f"model.attention is {section.attention}, and its library is missing",
+            where="model.attention",
+            why=str(error).split("\n", 1)[0],
+            do="install it, or use model.attention=sdpa",
         ) from error
     except (OSError, ValueError) as error:
         raise _no_model(section, error) from error
@@ -147,6 +160,15 @@ def context_length(section: ModelSection) -> int | None:
         ConfigError: there is no such model.
     """
     return load_config(section).to_dict().get("max_position_embeddings")
+
+
+def _unreadable(section: ModelSection, why: str) -> CorruptFileError:
+    return CorruptFileError(
+        f"the weights of {section.base} cannot be read",
+        where=section.base,
+        why=why,
+        do="copy or download the model again",
+    )
 
 
 def _no_model(section: ModelSection, error: Exception) -> ConfigError:
@@ -278,14 +300,7 @@ def load_adapter(base: Base, path: str | Path) -> nn.Module:
         IncompatibleRunError: the adapter was made for another base.
     """
     folder = Path(path)
-    weights = folder / "adapter_model.safetensors"
-    if not weights.exists() or not (folder / "adapter_config.json").exists():
-        raise ConfigError(
-            f"no peft adapter in {folder}",
-            where="model.adapter",
-            why="a peft adapter is adapter_config.json beside adapter_model.safetensors",
-            do="give the folder that peft's save_pretrained wrote",
-        )
+    weights, _ = _adapter_files(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         with safe_open(weights, "pt") as file:
@@ -306,11 +321,9 @@ def load_adapter(base: Base, path: str | Path) -> nn.Module:
             )
     except (RuntimeError, ValueError) as error:
         raise _other_base(folder, str(error).split("\n", 1)[0]) from error
-    places = {
-        name.replace(".default", ""): tuple(p.shape)
-        for name, p in adapted.named_parameters()
-        if p.requires_grad
-    }
+    # peft names tensors otherwise on disk than in the model: DoRA's magnitudes, whole modules.
+    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    places = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     missing, extra = places.keys() - found.keys(), found.keys() - places.keys()
     odd = [name for name in places.keys() & found.keys() if places[name] != found[name]]
     if missing or extra or odd:
@@ -321,6 +334,28 @@ def load_adapter(base: Base, path: str | Path) -> nn.Module:
             f"{len(odd)} have another shape; the first is {first}",
         )
     return cast("nn.Module", adapted)
+
+
+def adapter_fingerprint(path: str | Path) -> str:
+    """Return a short hash of a saved adapter, its configuration included.
+
+    Raises:
+        ConfigError: the folder holds no peft adapter.
+    """
+    parts = "".join(sha256_file(file) for file in _adapter_files(Path(path)))
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+def _adapter_files(folder: Path) -> tuple[Path, Path]:
+    files = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if not all(file.exists() for file in files):
+        raise ConfigError(
+            f"no peft adapter in {folder}",
+            where="model.adapter",
+            why="a peft adapter is adapter_config.json beside adapter_model.safetensors",
+            do="give the folder that peft's save_pretrained wrote",
+        )
+    return files
 
 
 def _other_base(folder: Path, why: str) -> IncompatibleRunError:

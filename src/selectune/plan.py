@@ -66,7 +66,7 @@ def make_plan(ground: Ground) -> Plan:
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     n_trained = sum(trained.values())
     pool = ground.tokens.pool
-    budget = Budget.of(recipe.select.budget, len(pool))
+    budget = Budget.of(recipe.select.budget, len(pool), int(pool.lengths.sum()))
     n_chosen = budget.examples or round((budget.tokens or 0) / max(1.0, float(pool.lengths.mean())))
     memory = _memory(ground, model, config, precision, n_base, n_trained)
     seconds = _seconds(ground, config, device, precision, n_base, n_chosen)

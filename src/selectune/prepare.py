@@ -164,8 +164,26 @@ def read_data(data: DataSection) -> Prepared:
     if data.leakage == "drop":
         dropped |= {i: f"leak: equals {other}" for i, other in leaks.matches.items()}
     both = leakage(_all(targets), {}, heldout)
+    if both.n and data.leakage == "error":
+        raise DataError(
+            f"{both.n} target rows equal a held-out row",
+            where=", ".join(list(both.matches)[:3]),
+            why="the selection would have seen what it is evaluated on",
+            do="take them out, or set data.leakage=drop",
+        )
     if both.n:
-        notes.append(f"{both.n} target rows equal a held-out row: the evaluation is tainted")
+        verb = "dropped" if data.leakage == "drop" else "kept, and the evaluation is tainted"
+        notes.append(f"{both.n} target rows equal a held-out row: {verb}")
+    if data.leakage == "drop":
+        targets = {t: tuple(e for e in es if e.id not in both.matches) for t, es in targets.items()}
+    for task, examples in targets.items():
+        if not examples:
+            raise DataError(
+                f"no target row of task {task} is left",
+                where=str(data.target),
+                why="all of them equal held-out rows, which the selection may not see",
+                do="give target rows that data.heldout does not hold",
+            )
     candidates = tuple(e for e in pool if e.id not in dropped)
     if not candidates:
         raise DataError(
@@ -246,4 +264,12 @@ def tokenize_all(
     pool = run(prepared.candidates)
     dropped = dict.fromkeys(pool.empty_ids, "no target token is left within data.max_length")
     targets = {task: run(examples) for task, examples in prepared.targets.items()}
+    for what, tokenized in {"pool": pool, **{f"target {t}": x for t, x in targets.items()}}.items():
+        if not len(tokenized):
+            raise DataError(
+                f"no example of the {what} has a target token within {data.max_length} tokens",
+                where="data.max_length",
+                why="their prompts alone fill it",
+                do="raise data.max_length, or shorten the prompts",
+            )
     return PreparedTokens(pool, targets, dropped)

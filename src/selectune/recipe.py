@@ -16,6 +16,8 @@ from selectune.errors import ConfigError, nearest
 from selectune.recipe_file import Tree, dump_yaml, read_tree
 
 Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Text], Field(min_length=1)]
+ByName = Annotated[dict[Text, Text], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -54,14 +56,14 @@ class ModelSection(Section):
 class DataSection(Section):
     """What to choose from, what the task looks like, and what proves the result."""
 
-    pool: Text | list[Text] | dict[str, Text] = Field(
+    pool: Text | Names | ByName = Field(
         description="the training examples to choose from: .jsonl, .json, .parquet, .csv, a folder "
         "saved by datasets, or a Hub name; a mapping names the sources"
     )
-    target: Text | dict[str, Text] = Field(
+    target: Text | ByName = Field(
         description="the few examples that stand for the task; a mapping names several tasks"
     )
-    heldout: Text | dict[str, Text] | None = Field(
+    heldout: Text | ByName | None = Field(
         default=None, description="examples that only evaluation reads, named as in data.target"
     )
     format: Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt"] = Field(
@@ -77,7 +79,9 @@ class DataSection(Section):
         default=0.05, description="share of examples that may lose every target token to the cut"
     )
     leakage: Literal["drop", "error", "keep"] = Field(
-        default="drop", description="what happens to pool rows that equal a target or held-out row"
+        default="drop",
+        description="what happens to pool rows that equal a target or held-out row, and to target "
+        "rows that equal a held-out row",
     )
     duplicates: Literal["drop", "keep"] = Field(
         default="drop", description="what happens to pool rows that equal an earlier one"

@@ -133,7 +133,7 @@ class Record:
 
 def check_file(path: Path, expected: str) -> None:
     """Raise CorruptFileError where a file is missing or has another sha256 than `expected`."""
-    actual = sha256_file(path) if path.exists() else "no such file"
+    actual = sha256_file(path) if path.is_file() else "no such file"
     if actual != expected:
         raise CorruptFileError(
             f"{path.name} is not the file that the run wrote",
@@ -162,6 +162,10 @@ def read_run(out: Path) -> dict[str, Any]:
         raise CorruptFileError(
             f"run.json lacks {', '.join(missing)}", where=str(path), do="start the run anew"
         )
+    if not _is_sound(data["format"], data["steps"]):
+        raise CorruptFileError(
+            "run.json is not as selectune writes it", where=str(path), do="start the run anew"
+        )
     if data["format"] > FORMAT:
         raise IncompatibleRunError(
             "run.json was written by a newer selectune",
@@ -170,6 +174,20 @@ def read_run(out: Path) -> dict[str, Any]:
             do="upgrade selectune",
         )
     return data
+
+
+def _is_sound(version: object, steps: object) -> bool:
+    """Return whether what other code reads of run.json has the types that `Record` wrote."""
+    if type(version) is not int or not isinstance(steps, dict):
+        return False
+    shape = {"fingerprint": str, "files": dict, "cost": dict, "facts": dict}
+    return all(
+        isinstance(step, dict)
+        and all(isinstance(step.get(key), kind) for key, kind in shape.items())
+        # Names of files in the run's own folder, and nowhere else.
+        and all(Path(name).name == name for name in step["files"])
+        for step in steps.values()
+    )
 
 
 def _refuse_changes(config: Path, recipe: Recipe, allow: Sequence[str]) -> None:

@@ -25,11 +25,12 @@ from selectune.arms import (
     tune_arm,
 )
 from selectune.errors import ConfigError, CorruptFileError, SelectuneError
-from selectune.evaluation import Evaluation, Verdict, verdict
+from selectune.evaluation import Evaluation, Verdict, check_questions, verdict
 from selectune.files import KillPoint, kill_point, lock, open_dir, sweep, write_file
 from selectune.ground import Ground, digest
 from selectune.measure import Measured
-from selectune.models import load_tuned
+from selectune.methods.rules import Budget
+from selectune.models import adapter_fingerprint, load_tuned
 from selectune.plan import Plan, make_plan
 from selectune.progress import Progress, Silent
 from selectune.recipe import Recipe
@@ -94,6 +95,8 @@ class Run:
             progress=progress or Silent(),
         )
         self._scores: Scores | None = None
+        self._arms: list[TunedArm] | None = None
+        self._answers: dict[str, dict[str, Evaluation]] | None = None
         self._is_locked = False
 
     def plan(self) -> Plan:
@@ -173,6 +176,7 @@ class Run:
     def all(self) -> Outcome:
         """Do every step, and end with a plain verdict."""
         with self._writing():
+            self._refuse_unanswerable()
             selection = self._ensure_selection()
             self._ensure_arms()
             facts: dict[str, Any] = {"n_selected": len(selection)}
@@ -212,7 +216,8 @@ class Run:
         self._is_locked = False
 
     def _score_fingerprint(self) -> str:
-        recipe = self.recipe
+        recipe, targets = self.recipe, self.ground.prepared.targets
+        own = recipe.model.adapter
         return digest(
             {
                 "model": recipe.model.model_dump(mode="json"),
@@ -222,7 +227,8 @@ class Run:
                 "score": recipe.score.model_dump(mode="json"),
                 "data": [recipe.data.max_length, recipe.data.loss_on],
                 "tokens": self.ground.tokens.fingerprint,
-                "tasks": self.ground.tasks,
+                "adapter_files": None if own is None else adapter_fingerprint(own),
+                "tasks": {t: [(e.id, e.group) for e in targets[t]] for t in self.ground.tasks},
                 "seed": recipe.seed,
             }
         )
@@ -232,7 +238,8 @@ class Run:
             return self._scores
         fingerprint = self._score_fingerprint()
         path = self.out / SCORES
-        if self._record.done("score", fingerprint) is not None:
+        if (entry := self._record.done("score", fingerprint)) is not None:
+            self.ground.expected_base = entry["facts"].get("base")
             self._scores = _read_scores(path)
             self._recall_costs()
             return self._scores
@@ -241,7 +248,7 @@ class Run:
             scores = score_pool(self.ground, section.method, dict(section.options))
         _write_scores(path, scores)
         facts = {"method": scores.method, "n": len(scores), "about": dict(scores.about)}
-        facts["costs"] = dict(self.ground.costs)
+        facts |= {"base": self.ground.seen_base, "costs": dict(self.ground.costs)}
         self._record.write("score", fingerprint, cost=measured, files=[SCORES], facts=facts)
         kill_point(KillPoint.SCORES_DONE)
         self._scores = scores
@@ -252,11 +259,15 @@ class Run:
             self.ground.costs |= entry["facts"].get("costs", {})
 
     def _ensure_selection(self) -> Selection:
+        # A budget that the pool cannot fill is told before the gradients, which may take hours.
+        pool = self.ground.tokens.pool
+        Budget.of(self.recipe.select.budget, len(pool), int(pool.lengths.sum()))
         scores = self._ensure_scores()
         fingerprint = digest(
             {
                 "scores": self._score_fingerprint(),
                 "select": self.recipe.select.model_dump(mode="json"),
+                "sources": self.ground.prepared.sources,
                 "dropped": self.ground.dropped,
             }
         )
@@ -273,6 +284,11 @@ class Run:
         return selection
 
     def _ensure_arms(self) -> list[TunedArm]:
+        if self._arms is None:
+            self._arms = self._tuned_arms()
+        return self._arms
+
+    def _tuned_arms(self) -> list[TunedArm]:
         selection = self._ensure_selection()
         chosen = {SELECTED: selection}
         chosen |= {name: control_selection(self.ground, name) for name in self.recipe.tune.controls}
@@ -305,6 +321,11 @@ class Run:
         return arms
 
     def _ensure_answers(self) -> dict[str, dict[str, Evaluation]]:
+        if self._answers is None:
+            self._answers = self._evaluated_arms()
+        return self._answers
+
+    def _evaluated_arms(self) -> dict[str, dict[str, Evaluation]]:
         arms = self._ensure_arms()
         questions = {
             task: self.ground.prepared.heldout[task]
@@ -327,6 +348,17 @@ class Run:
             facts={"costs": dict(self.ground.costs)},
         )  # fmt: skip
         return answers
+
+    def _refuse_unanswerable(self) -> None:
+        """Tell before anything is trained what evaluation would stumble over at the end."""
+        section = self.recipe.evaluate
+        for questions in self.ground.prepared.heldout.values():
+            asked = questions[: section.limit]
+            check_questions(asked, self.ground.tokenizer, self.recipe.data.max_length)
+        if section.lm_eval:
+            from selectune.evaluation.harness import need_lm_eval
+
+            need_lm_eval()
 
     def _lm_eval(self, paths: Mapping[str, Path | None]) -> dict[str, Any]:
         from selectune.evaluation.harness import run_lm_eval

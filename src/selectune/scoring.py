@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from selectune.ground import Ground, digest
 from selectune.methods.evidence import Evidence
 from selectune.models import (
     Base,
+    adapter_fingerprint,
     add_adapter,
     load_adapter,
     trainable_fingerprint,
 )
+from selectune.recipe import Recipe
 from selectune.registry import Entry, get
 from selectune.selection import Scores
 
@@ -90,6 +93,7 @@ def _gradient_store(ground: Ground) -> StoredPool:
     identity = {
         "base": base.fingerprint,
         "adapter": trainable_fingerprint(model),
+        **_untold_by_weights(recipe),
         "tokens": ground.tokens.fingerprint,
         "precision": base.precision,
         "token_budget": recipe.score.token_budget,
@@ -101,7 +105,7 @@ def _gradient_store(ground: Ground) -> StoredPool:
     try:
         if store.is_complete():
             ground.recall("gradients", path)
-            return store.load()
+            return store.load(targets(ground))
     except IncompatibleRunError:
         if not ground.allow:
             raise
@@ -119,21 +123,20 @@ def _gradient_store(ground: Ground) -> StoredPool:
         )
 
 
+def _untold_by_weights(recipe: Recipe) -> dict[str, Any]:
+    """Return what decides gradients beside the weights; a warm-up leaves its mark in them."""
+    if recipe.model.adapter is not None:
+        return {"adapter_files": adapter_fingerprint(recipe.model.adapter)}
+    return {} if recipe.warmup.epochs else {"adapter_section": recipe.adapter.model_dump()}
+
+
 def targets(ground: Ground) -> list[Target]:
     """Return the targets of all tasks in one list, as the gradient pass takes them."""
-    return [
-        Target(tokens, task, group)
-        for task, tokenized in ground.tokens.targets.items()
-        for tokens, group in zip(
-            tokenized,
-            (_groups(ground, task)[t.id] for t in tokenized),
-            strict=True,
-        )
-    ]
-
-
-def _groups(ground: Ground, task: str) -> dict[str, str]:
-    return {e.id: e.group for e in ground.prepared.targets[task]}
+    found: list[Target] = []
+    for task, tokenized in ground.tokens.targets.items():
+        groups = {e.id: e.group for e in ground.prepared.targets[task]}
+        found += [Target(tokens, task, groups[tokens.id]) for tokens in tokenized]
+    return found
 
 
 def base_losses(ground: Ground) -> Float[np.ndarray, " n"]:

@@ -62,7 +62,7 @@ def tell(
         else {},
         facts={
             "base model": recipe.model.base,
-            "targets": ", ".join(f"{t} ({len(ground.prepared.targets[t])})" for t in ground.tasks),
+            "targets": ", ".join(f"{t} ({len(ground.tokens.targets[t])})" for t in ground.tasks),
             "budget": str(recipe.select.budget),
             "seed": str(recipe.seed),
         },

@@ -6,19 +6,9 @@ end in the bytes of a run that nothing disturbed.
 
 from pathlib import Path
 
-from selectune.files import (
-    append_line,
-    is_complete,
-    lock,
-    open_dir,
-    read_lines,
-    staged,
-    sweep,
-    write_file,
-)
+from selectune.files import is_complete, lock, open_dir, staged, sweep, write_file
 
 KIND = "crash-test"
-N_STEPS = 3
 PAYLOAD_BYTES = 6000
 
 
@@ -30,9 +20,6 @@ def scenario(root: Path, generation: int) -> None:
                 stage.write_json("facts.json", {"generation": generation})
                 stage.write_bytes("deep/payload.bin", payload(generation))
                 (stage.path / "foreign.txt").write_text(f"{generation}")
-        have = len(read_lines(root / "lines.jsonl"))
-        for step in range(have, N_STEPS):
-            append_line(root / "lines.jsonl", {"step": step})
         # Last: nothing after it syncs `root` by chance, where the name of `parts` stands.
         write_file(root / "parts" / "single.txt", payload(generation))
 
@@ -41,8 +28,8 @@ def payload(generation: int) -> bytes:
     return bytes([48 + generation]) * PAYLOAD_BYTES
 
 
-def observe(root: Path) -> tuple[int, int, int]:
-    """Return the generation of the result, that of the single file, and how many lines stand.
+def observe(root: Path) -> tuple[int, int]:
+    """Return the generation of the result and that of the single file.
 
     Zero means none. Anything between two generations fails here.
     """
@@ -58,9 +45,7 @@ def observe(root: Path) -> tuple[int, int, int]:
         data = (root / "parts" / "single.txt").read_bytes()
         single = data[0] - 48
         assert data == payload(single)
-    lines = read_lines(root / "lines.jsonl")
-    assert lines == [{"step": step} for step in range(len(lines))]
-    return result, single, len(lines)
+    return result, single
 
 
 def tree(root: Path) -> dict[str, bytes]:

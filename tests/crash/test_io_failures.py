@@ -61,8 +61,6 @@ def test_whichever_call_fails_a_result_is_old_or_new_and_the_error_is_ours(
     start.mkdir()
     if starts_with_older:
         scenario(start, 1)
-        lines = (start / "lines.jsonl").read_bytes().splitlines(keepends=True)
-        (start / "lines.jsonl").write_bytes(lines[0] + lines[1][:5])
     old = observe(start)
     reached: set[str] = set()
     n_errors = 0
@@ -78,10 +76,9 @@ def test_whichever_call_fails_a_result_is_old_or_new_and_the_error_is_ours(
             except StorageError:
                 n_errors += 1
         reached.update(faults.failed)
-        result, single, n_lines = observe(root)
+        result, single = observe(root)
         assert result in (old[0], 2)
         assert single in (old[1], 2)
-        assert n_lines >= old[2]
         scenario(root, 2)
         assert tree(root) == undisturbed
         shutil.rmtree(root)
@@ -91,7 +88,7 @@ def test_whichever_call_fails_a_result_is_old_or_new_and_the_error_is_ours(
         pytest.fail("no run got through untouched")
     assert {"open", "write", "fsync", "replace", "rename", "mkdir"} <= reached
     if starts_with_older:
-        assert {"unlink", "rmdir", "ftruncate"} <= reached
+        assert {"unlink", "rmdir"} <= reached
     assert (n_errors == 0) == (mode == "short")
 
 

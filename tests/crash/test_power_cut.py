@@ -152,18 +152,15 @@ def test_after_a_power_cut_a_result_is_old_or_new(
     root.mkdir()
     if starts_with_older:
         scenario(root, 1)
-        lines = (root / "lines.jsonl").read_bytes().splitlines(keepends=True)
-        (root / "lines.jsonl").write_bytes(lines[0])
     old = observe(root)
     recorder = record(root, 2, kill_after_rename=kill_after_rename)
     newest = 0
     for moment in range(len(recorder.moments)):
         found = fast_dir / "found"
         recorder.rebuild(moment, found, names_kept=names_kept)
-        result, file, n_lines = observe(found)
+        result, file = observe(found)
         assert result in (old[0], 2)
         assert file in (old[1], 2)
-        assert n_lines >= old[2]
         assert result >= newest, "a result that was there went away again"
         newest = result
         scenario(found, 2)

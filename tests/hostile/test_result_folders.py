@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from selectune.errors import CorruptFileError, IncompatibleRunError, SelectuneError
-from selectune.files import MANIFEST, is_complete, open_dir, read_lines, staged
+from selectune.files import MANIFEST, is_complete, open_dir, staged
 
 KIND = "hostile"
 SCHEMA = pa.schema([("id", pa.string()), ("score", pa.float64())])
@@ -429,15 +429,6 @@ def test_json_that_is_unsound_is_refused_though_its_checksum_fits(
     signed(folder)
     with pytest.raises(CorruptFileError, match=r"facts\.json"):
         open_dir(folder, kind=KIND).read_json("facts.json")
-
-
-@pytest.mark.parametrize("line", [b"[]", b"1", b"{", b'{"a": NaN}', b"\xff", DEEP, b""])
-def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> None:
-    file = tmp_path / "lines.jsonl"
-    file.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
-    with pytest.raises(CorruptFileError) as caught:
-        read_lines(file)
-    assert caught.value.where == f"{file}:2"
 
 
 @settings(max_examples=60)

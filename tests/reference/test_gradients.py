@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from selectune.data import Batch, collate
 from selectune.errors import SelectionError
+from selectune.gradients.capture import Capture
 from selectune.gradients.engine import GradientEngine, example_loss
 from selectune.gradients.kernels import Rows
 
@@ -153,6 +154,91 @@ def test_known_traps_give_the_exact_gradient(trap: str) -> None:
     assert_same(found, expected, rtol=1e-5)
 
 
+# As above: one name in transformers 5.23, another in 5.24.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("how", ["lora", "dora", "reentrant", "non-reentrant"])
+def test_rows_are_freed_as_the_backward_pass_goes_by(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_trainable("llama", "dora" if how == "dora" else "lora")
+    engine = GradientEngine(model)
+    if "reentrant" in how:
+        kwargs = {"use_reentrant": how == "reentrant"}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model.enable_input_require_grads()
+        model.train()
+    engine.probe(tiny_batch())
+    seen: list[str] = []
+    before_finish: list[int] = []
+    finish = Capture.finish
+
+    def watched(capture: Capture) -> None:
+        before_finish.append(len(seen))
+        finish(capture)
+
+    monkeypatch.setattr(Capture, "finish", watched)
+    engine.run(tiny_batch(), lambda name, _: seen.append(name))
+    # No parameter is used twice, so none has to wait for the end with its rows.
+    assert before_finish == [len(engine.parameters)]
+
+
+class Rare(nn.Module):
+    """A tiny Llama with a bare parameter that only examples holding token 7 use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model("llama").requires_grad_(False)
+        torch.manual_seed(1)
+        self.always = nn.Linear(16, 16)
+        self.rare = nn.Parameter(torch.randn(16, 16))
+        self.inner.model.layers[0].register_forward_hook(self._after)
+
+    def _after(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        output = output + self.always(input=output)
+        if self.holds.any():
+            output = output + (output @ self.rare) * self.holds[:, None, None]
+        return output
+
+    def forward(self, **kwargs: Tensor) -> object:
+        self.holds = (kwargs["input_ids"] == 7).any(1)
+        return self.inner(**kwargs)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.get_output_embeddings()
+
+
+def test_a_parameter_first_used_by_a_later_batch_is_not_missed() -> None:
+    engine = GradientEngine(Rare().eval())
+    items = tiny_tokens()
+    for item in items:
+        item.input_ids[item.input_ids == 7] = 8
+    assert dense(engine, collate(items, pad_id=0)).keys() == {"always.weight", "always.bias"}
+    assert engine.looped == frozenset()
+    for item in items[:2]:
+        item.input_ids[0] = 7
+    expected = loop_gradients(engine.model, items)
+    for _ in range(2):  # found out by the first such batch, known to the second
+        found = dense(engine, collate(items, pad_id=0))
+        assert found.keys() == expected.keys()
+        assert_same(found, expected, rtol=1e-5)
+    assert engine.looped == {"rare"}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("way", ["plain", "reentrant", "looped"])
+def test_gradients_that_stood_in_the_model_stay(way: str) -> None:
+    model = Odd("experts") if way == "looped" else tiny_trainable("llama", "lora")
+    engine = GradientEngine(model)
+    if way == "reentrant":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+        model.train()
+    for p in engine.parameters.values():
+        p.grad = torch.ones_like(p)
+    dense(engine, tiny_batch())
+    assert all(bool((p.grad == 1).all()) for p in engine.parameters.values())
+
+
 def test_rows_add_up_to_the_batch_gradient() -> None:
     model = tiny_trainable("qwen2", "lora")
     batch = tiny_batch()
@@ -200,7 +286,6 @@ def test_opacus_agrees_where_it_applies() -> None:
     plain = nn.Sequential(nn.Embedding(VOCABULARY, 8), nn.Linear(8, 12), nn.LayerNorm(12))
     ids = torch.randint(0, VOCABULARY, (4, 6))
     engine_rows: dict[str, Tensor] = {}
-    from selectune.gradients.capture import Capture
 
     with Capture(plain, lambda n, r: engine_rows.update({n: r.dense()})) as capture:
         capture.expect(4)

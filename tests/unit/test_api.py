@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import selectune
-from selectune.errors import ConfigError, SelectionError
+from selectune.errors import ConfigError, SelectionError, SelectuneError
 from workspace import make_workspace
 
 
@@ -110,3 +110,25 @@ def test_the_selection_trains_in_trl(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     trainer = trl.SFTTrainer(model, arguments, train_dataset=chosen, processing_class=tokenizer)
     assert trainer.train().global_step == 2
+
+
+@pytest.mark.parametrize("method", ["gist", "perplexity"])
+def test_each_module_keeps_its_mode_even_when_scoring_fails(folder: Path, method: str) -> None:
+    model = adapted(folder).train()
+    frozen = model.get_input_embeddings().eval()
+    pool, target = rows(folder, "pool"), rows(folder, "target")
+    selectune.score(method, model, pool, target)
+    assert model.training
+    assert not frozen.training
+    frozen.weight.data.fill_(float("nan"))
+    with pytest.raises(SelectuneError):
+        selectune.score(method, model, pool, target)
+    assert model.training
+    assert not frozen.training
+
+
+def test_examples_lost_to_the_cut_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pool = [*rows(folder, "pool").to_list(), {"prompt": "x" * 200, "completion": " y"}]
+    scores = selectune.score("length", adapted(folder), pool, max_length=128)
+    assert len(scores) == len(pool) - 1
+    assert "1 kept no target token" in caplog.text

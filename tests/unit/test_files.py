@@ -21,14 +21,12 @@ from selectune.files import (
     CRASH_AT,
     MANIFEST,
     KillPoint,
-    append_line,
     check_free_space,
     is_complete,
     kill_point,
     lock,
     open_dir,
     passes,
-    read_lines,
     seal,
     sha256_file,
     staged,
@@ -205,8 +203,6 @@ def test_what_json_cannot_say_is_refused_and_nothing_is_left(value: object, tmp_
         stage.write_json("value.json", value)
     with pytest.raises(DataError), staged(tmp_path / "r", kind="test", meta={"value": value}):
         pass
-    with pytest.raises(DataError):
-        append_line(tmp_path / "lines.jsonl", {"value": value})
     assert names(tmp_path) == []
 
 
@@ -365,7 +361,6 @@ def test_an_output_under_a_file_is_refused(tmp_path: Path) -> None:
     for write in (
         lambda: put(tmp_path / "file" / "r"),
         lambda: write_file(tmp_path / "file" / "x", b""),
-        lambda: append_line(tmp_path / "file" / "x", {}),
         lambda: lock(tmp_path / "file").__enter__(),
     ):
         with pytest.raises(StorageError, match="ENOTDIR"):
@@ -419,43 +414,6 @@ def test_a_single_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert file.read_bytes() == b"new"
     assert names(file.parent) == ["run.json"]
     assert sha256_file(file) == hashlib.sha256(b"new").hexdigest()
-
-
-@settings(max_examples=40)
-@given(lines=st.lists(st.dictionaries(st.text(), JSON, max_size=2), max_size=4), cut=st.data())
-def test_lines_cut_off_anywhere_are_whole_after_the_next_append(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[dict], cut: st.DataObject
-) -> None:
-    file = tmp_path_factory.mktemp("run") / "metrics.jsonl"
-    assert read_lines(file) == []
-    for line in lines:
-        append_line(file, line)
-    whole = file.read_bytes() if lines else b""
-    end = cut.draw(st.integers(0, len(whole)))
-    file.write_bytes(whole[:end])
-    n_whole = whole[:end].count(b"\n")
-    assert read_lines(file) == lines[:n_whole]
-    append_line(file, {"step": 1})
-    assert read_lines(file) == [*lines[:n_whole], {"step": 1}]
-
-
-@pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_line_that_the_disk_refuses_leaves_the_file_as_it_was(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "metrics.jsonl"
-    append_line(file, {"step": 1})
-    whole = file.read_bytes()
-    real = os.write
-
-    def tear(fd: int, data: bytes = b"") -> None:
-        real(fd, data[:3])
-        raise no_space()
-
-    monkeypatch.setattr(os, call, tear)
-    with pytest.raises(StorageError, match="full"):
-        append_line(file, {"step": 2})
-    assert file.read_bytes() == whole
 
 
 def test_a_second_writer_of_a_run_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from selectune import ground
 from selectune.errors import (
     ConfigError,
     CorruptFileError,
@@ -14,9 +15,12 @@ from selectune.errors import (
     IncompatibleRunError,
     SelectionError,
 )
-from selectune.recipe import Recipe, load_recipe
+from selectune.models import Base
+from selectune.progress import Silent
+from selectune.recipe import AdapterSection, ModelSection, Recipe, load_recipe
 from selectune.run import Run, verify
 from small_run import small_recipe
+from workspace import save_model
 
 
 def made(folder: Path, *overrides: str, allow: tuple[str, ...] = ()) -> Run:
@@ -212,6 +216,7 @@ def test_several_tasks_share_one_pass_and_keep_their_own_scores(tmp_path: Path) 
     small_recipe(tmp_path)
     rows = (tmp_path / "heldout.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(rows[:6]))
+    (tmp_path / "heldout.jsonl").write_text("".join(rows[6:]))
     text = (tmp_path / "recipe.yaml").read_text()
     text = text.replace(
         f"target: {{colours: {tmp_path}/target.jsonl}}",
@@ -295,3 +300,124 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     with lock(tmp_path / "run"), pytest.raises(StorageError, match="another process"):
         Run(recipe, out=tmp_path / "run").score()
+
+
+def test_another_grouping_of_the_targets_changes_scores_without_another_pass(
+    tmp_path: Path,
+) -> None:
+    def grouped(labels: str) -> list[float]:
+        rows = [json.loads(line) for line in (tmp_path / "target.jsonl").read_text().splitlines()]
+        lines = [json.dumps({**r, "group": g}) + "\n" for r, g in zip(rows, labels, strict=True)]
+        (tmp_path / "target.jsonl").write_text("".join(lines))
+        Run(recipe, out=tmp_path / "run").score()
+        return pq.read_table(tmp_path / "run/scores.parquet")["score"].to_pylist()
+
+    recipe = recipe_of(tmp_path, "score.options={aggregate: max_subtask_mean}", "warmup.epochs=0")
+    first = grouped("aaabbb")
+    made_at = (tmp_path / "run/store/pool/manifest.json").stat().st_mtime_ns
+    assert grouped("ababab") != first
+    assert grouped("aaabbb") == first
+    assert (tmp_path / "run/store/pool/manifest.json").stat().st_mtime_ns == made_at
+
+
+def test_a_task_may_be_renamed(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "warmup.epochs=0")
+    Run(recipe, out=tmp_path / "run").score()
+    data = {"data.target": {"paint": str(tmp_path / "target.jsonl")}, "data.heldout": None}
+    run = Run(recipe.changed(data), out=tmp_path / "run", allow=["data"])
+    assert "(paint)" in run.score().text[0]
+
+
+def test_another_base_under_the_same_path_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "warmup.epochs=0")
+    Run(recipe, out=tmp_path / "run").score()
+    save_model(tmp_path / "model", seed=1)
+    with pytest.raises(IncompatibleRunError, match="base model has changed"):
+        Run(recipe, out=tmp_path / "run").tune()
+
+
+def test_the_scale_of_an_adapter_without_warm_up_is_not_forgotten(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "warmup.epochs=0")
+    Run(recipe, out=tmp_path / "run").score()
+    norms = pq.read_table(tmp_path / "run/scores.parquet")["norm"].to_numpy()
+    twice = recipe.changed({"adapter.alpha": 2 * recipe.adapter.alpha})
+    Run(twice, out=tmp_path / "run", allow=["adapter"]).score()
+    scaled = pq.read_table(tmp_path / "run/scores.parquet")["norm"].to_numpy()
+    assert scaled / norms == pytest.approx(2.0, rel=1e-4)
+
+
+def test_a_dora_run_reads_back_what_it_tuned(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "adapter.kind=dora", "score.method=length", "tune.epochs=1")
+    assert "verdict" in Run(recipe, out=tmp_path / "run").evaluate().facts
+
+
+def test_a_control_without_scores_per_target_goes_by_its_own_order(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "select.rule=round_robin", "warmup.epochs=0", "tune.epochs=1")
+    assert Run(recipe, out=tmp_path / "run").tune().facts["arms"].keys() == {"selected", "random"}
+    blind = recipe.changed({"score.method": "length"})
+    with pytest.raises(SelectionError, match="cannot be taken in turn"):
+        Run(blind, out=tmp_path / "other").select()
+
+
+def test_a_target_that_is_held_out_too_is_dropped_or_refused(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    first = (tmp_path / "heldout.jsonl").read_text().splitlines(keepends=True)[0]
+    with (tmp_path / "target.jsonl").open("a") as file:
+        file.write(first)
+    prepared = Run(recipe, out=tmp_path / "run").ground.prepared
+    assert len(prepared.targets["colours"]) == 6
+    assert any("1 target rows equal a held-out row: dropped" in note for note in prepared.notes)
+    with pytest.raises(DataError, match="1 target rows equal a held-out row"):
+        _ = Run(recipe.changed({"data.leakage": "error"}), out=tmp_path / "run").ground.prepared
+    (tmp_path / "target.jsonl").write_text(first)
+    with pytest.raises(DataError, match="no target row of task colours is left"):
+        _ = Run(recipe, out=tmp_path / "run").ground.prepared
+
+
+def test_targets_lost_to_the_cut_are_told(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "data.max_empty=0.2")
+    with (tmp_path / "target.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "x" * 200, "completion": " y"}) + "\n")
+    heard: list[str] = []
+
+    class Told(Silent):
+        def note(self, text: str) -> None:
+            heard.append(text)
+
+    _ = Run(recipe, out=tmp_path / "run", progress=Told()).ground.tokens
+    assert "1 targets of colours kept no target token: left out" in heard
+
+
+def test_what_a_run_needs_twice_is_loaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[ModelSection] = []
+    load = ground.load_base
+
+    def counted(section: ModelSection, *, adapter: AdapterSection) -> Base:
+        loads.append(section)
+        return load(section, adapter=adapter)
+
+    monkeypatch.setattr(ground, "load_base", counted)
+    recipe = recipe_of(tmp_path, "tune.epochs=1")
+    Run(recipe, out=tmp_path / "run").all()
+    # The gradient pass, two arms to tune, and the base with both arms to evaluate.
+    assert len(loads) == 6
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"format": "1"},
+        {"steps": []},
+        {"steps": {"score": 1}},
+        {"steps": {"score": {"fingerprint": "x"}}},
+        {"steps": {"x": {"fingerprint": "", "files": {"../a": ""}, "cost": {}, "facts": {}}}},
+    ],
+)
+def test_a_run_json_of_another_shape_is_told(copied: Path, damage: dict[str, object]) -> None:
+    path = copied / "run/run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(CorruptFileError, match="not as selectune writes it"):
+        made(copied).select()
+    assert not verify(copied / "run").ok

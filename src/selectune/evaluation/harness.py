@@ -16,6 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from selectune.errors import ConfigError, DataError
 
 
+def need_lm_eval() -> None:
+    """Refuse what `run_lm_eval` would, before anything is trained.
+
+    Raises:
+        ConfigError: lm-eval is not installed.
+    """
+    _import_lm_eval()
+
+
 def run_lm_eval(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -154,6 +154,17 @@ def evaluate(
     return Evaluation(table, left_out)  # pyright: ignore[reportUnknownArgumentType]
 
 
+def check_questions(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> None:
+    """Refuse what `evaluate` would, before anything is trained.
+
+    Raises:
+        DataError: an example cannot be scored.
+    """
+    _sequences(examples, tokenizer, max_length)
+
+
 def _row(example: Example, nll: np.ndarray, n_tokens: np.ndarray) -> dict[str, Any]:
     right = example.answer if example.options else 0
     row: dict[str, Any] = {

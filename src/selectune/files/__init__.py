@@ -8,14 +8,14 @@ A result is made and read back, every byte checked, by
     scores.read_table("scores.parquet"), scores.meta["method"]
 
 Folders that others write in place get their manifest by `seal`; single files go through
-`write_file`, and files that grow line by line through `append_line`.
+`write_file`.
 """
 
 from selectune.files.disk import MANIFEST, sha256_file
 from selectune.files.kill import CRASH_AT, KillPoint, kill_point, passes
 from selectune.files.opened import Opened, is_complete, open_dir
 from selectune.files.rundir import check_free_space, lock, sweep
-from selectune.files.single import append_line, read_lines, write_file
+from selectune.files.single import write_file
 from selectune.files.stage import StagedDir, seal, staged
 
 __all__ = [
@@ -24,14 +24,12 @@ __all__ = [
     "KillPoint",
     "Opened",
     "StagedDir",
-    "append_line",
     "check_free_space",
     "is_complete",
     "kill_point",
     "lock",
     "open_dir",
     "passes",
-    "read_lines",
     "seal",
     "sha256_file",
     "staged",

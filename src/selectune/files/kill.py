@@ -22,7 +22,6 @@ class KillPoint(StrEnum):
     PROMOTE_OLD_MOVED = "promote.old_moved"
     PROMOTE_RENAMED = "promote.renamed"
     PROMOTE_DONE = "promote.done"
-    LINE_APPENDED = "line.appended"
     STORE_SHARD_DONE = "store.shard_done"
     WARMUP_DONE = "warmup.done"
     TUNE_STEP_DONE = "tune.step_done"

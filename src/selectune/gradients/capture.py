@@ -9,8 +9,8 @@ All taps share one scalar, the *anchor*. A backward pass towards the anchor alon
 tap but forms no weight gradient, which is why gradients per example cost no more than a plain step.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -50,6 +50,22 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+@contextmanager
+def set_aside_gradients(parameters: Iterable[nn.Parameter]) -> Generator[None]:
+    """Start with every `.grad` empty, and put back what stood there.
+
+    Autograd adds in place: a `.grad` that is only remembered would be changed all the same.
+    """
+    kept = {p: p.grad for p in parameters}
+    for p in kept:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in kept.items():
+            p.grad = grad
+
+
 class Capture:
     """Give a consumer every example's rows of every trainable parameter, as backward passes by.
 
@@ -70,6 +86,7 @@ class Capture:
         self._stack = ExitStack()
         self._anchor = torch.zeros((), requires_grad=True)
         self._n = 0
+        self._is_backward = False
         self._calls: dict[int, int] = {}
         self._waiting: dict[int, list[Rows]] = {}
         self.declined: set[str] = set()
@@ -107,8 +124,11 @@ class Capture:
         ) -> Tensor | None:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return None
-            for _, key in owned:
-                self._calls[key] = self._calls.get(key, 0) + 1
+            # What checkpointing recomputes in the backward pass is the same use once more; a call
+            # on something else than the batch (DoRA measures a norm with one) gives no rows.
+            if not self._is_backward and output.shape[:1] == (self._n,):
+                for _, key in owned:
+                    self._calls[key] = self._calls.get(key, 0) + 1
             if not torch.is_grad_enabled():
                 return None
             plain = [*args, *kwargs.values()]
@@ -151,25 +171,31 @@ class Capture:
     def expect(self, n: int) -> None:
         """Say how many examples the coming forward pass holds."""
         self._n = n
+        self._is_backward = False
         self._calls.clear()
         self._waiting.clear()
 
-    def backward(self, losses: Tensor, *, towards_weights: bool = False) -> None:
+    def backward(
+        self, losses: Tensor, *, towards_weights: bool = False, also: Iterable[nn.Parameter] = ()
+    ) -> None:
         """Run backward from the sum of the example losses, then `finish`.
 
         Args:
             losses: one loss per example, as the forward pass gave them.
-            towards_weights: also fill `.grad`, as a training step does.
+            towards_weights: fill every `.grad`, as a training step does.
+            also: parameters whose `.grad` is filled in any case.
         """
         total = losses.sum()
-        if towards_weights or _checkpoints_reentrantly(self._model):
-            # Reentrant checkpointing refuses `inputs=`; what it leaves in `.grad` is taken away.
-            kept = None if towards_weights else {p: p.grad for p in self._model.parameters()}
+        self._is_backward = True
+        if towards_weights:
             total.backward()
-            for p, grad in (kept or {}).items():
-                p.grad = grad
+        elif _checkpoints_reentrantly(self._model):
+            # Reentrant checkpointing refuses `inputs=`; what it leaves in `.grad` is taken away.
+            wanted = {id(p) for p in also}
+            with set_aside_gradients(p for p in self._model.parameters() if id(p) not in wanted):
+                total.backward()
         elif total.requires_grad:
-            torch.autograd.backward(total, inputs=[self._anchor])
+            torch.autograd.backward(total, inputs=[self._anchor, *also])
             self._anchor.grad = None
         self.finish()
 

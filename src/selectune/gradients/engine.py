@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from selectune.data import Batch, Tokens, collate, length_sorted_batches
 from selectune.errors import CoverageError, SelectionError
-from selectune.gradients.capture import Capture, Consumer, refuse_declined, trainable
+from selectune.gradients.capture import (
+    Capture,
+    Consumer,
+    refuse_declined,
+    set_aside_gradients,
+    trainable,
+)
 from selectune.gradients.kernels import DenseRows, Rows, exact
 from selectune.gradients.loss import target_nll
 
@@ -48,6 +54,18 @@ def example_loss(model: nn.Module, batch: Batch, precision: str = "float32") -> 
     return nats / n_tokens
 
 
+@contextmanager
+def dropout_off(model: nn.Module) -> Generator[None]:
+    """Put a model in eval mode, and every module back into the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def pool_losses(
     model: nn.Module,
     tokens: Sequence[Tokens],
@@ -69,16 +87,13 @@ def pool_losses(
     """
     losses = np.zeros(len(tokens), np.float32)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     lengths = [len(t.input_ids) for t in tokens]
-    with torch.inference_mode():
+    with dropout_off(model), torch.inference_mode():
         for rows in length_sorted_batches(lengths, token_budget=token_budget):
             batch = collate([tokens[k] for k in rows], pad_id=pad_id, device=device)
             losses[rows] = example_loss(model, batch, precision).float().cpu().numpy()
             if advance is not None:
                 advance(len(rows))
-    model.train(was_training)
     return losses
 
 
@@ -99,6 +114,8 @@ class GradientEngine:
         self.precision = precision
         self.parameters = trainable(model)
         self.looped: frozenset[str] = frozenset()
+        # Without rows and without gradient on the first batch; a later one may yet use them.
+        self.idle: frozenset[str] = frozenset()
         self._probed = False
         if not self.parameters:
             raise SelectionError(
@@ -115,11 +132,23 @@ class GradientEngine:
         """
         if not self._probed:
             self.probe(batch)
-        with Capture(self.model, consume, skip=self.looped) as capture:
+        idle = [self.parameters[name] for name in self.idle]
+        with (
+            set_aside_gradients(idle),
+            Capture(self.model, consume, skip=self.looped) as capture,
+        ):
             capture.expect(len(batch.ids))
             losses = example_loss(self.model, batch, self.precision)
-            capture.backward(losses)
+            capture.backward(losses, also=idle)
+            woken = {
+                name
+                for name in self.idle - capture.seen
+                if (grad := self.parameters[name].grad) is not None and bool(grad.any())
+            }
         refuse_declined(capture)
+        if woken:
+            self.looped, self.idle = self.looped | woken, self.idle - woken
+            self._tell_looped()
         if self.looped:
             self._loop(batch, consume)
         return losses.detach()
@@ -136,40 +165,35 @@ class GradientEngine:
         def add_up(name: str, rows: Rows) -> None:
             sums[name] = rows.combine(torch.ones_like(rows.norm2()))
 
-        kept = {p: p.grad for p in self.parameters.values()}
-        for p in kept:
-            p.grad = None
-        try:
+        with set_aside_gradients(self.parameters.values()):
             with Capture(self.model, add_up) as capture:
                 capture.expect(len(few.ids))
                 losses = example_loss(self.model, few, self.precision)
                 capture.backward(losses, towards_weights=True)
             half = self.precision != "float32"
             bad = [n for n, p in self.parameters.items() if not _agree(sums.get(n), p.grad, half)]
-        finally:
-            for p, grad in kept.items():
-                p.grad = grad
         self.looped = frozenset({*bad, *capture.declined})
+        self.idle = frozenset(self.parameters.keys() - sums.keys() - self.looped)
         if self.looped:
-            _log.warning(
-                "%d of %d parameters have no fast gradient kernel; one backward pass per example "
-                "covers them, first: %s",
-                len(self.looped), len(self.parameters), sorted(self.looped)[0],
-            )  # fmt: skip
+            self._tell_looped()
+
+    def _tell_looped(self) -> None:
+        _log.warning(
+            "%d of %d parameters have no fast gradient kernel; one backward pass per example "
+            "covers them, first: %s",
+            len(self.looped), len(self.parameters), sorted(self.looped)[0],
+        )  # fmt: skip
 
     def _loop(self, batch: Batch, consume: Consumer) -> None:
         names = sorted(self.looped)
         parameters = [self.parameters[name] for name in names]
         gradients: list[list[Tensor]] = [[] for _ in names]
         for k in range(len(batch.ids)):
-            loss = example_loss(self.model, take(batch, [k]), self.precision).sum()
-            for p in parameters:
-                p.grad = None
-            # Not `autograd.grad`: reentrant checkpointing refuses it.
-            loss.backward()
-            for column, p in zip(gradients, parameters, strict=True):
-                column.append(torch.zeros_like(p) if p.grad is None else p.grad)
-        self.model.zero_grad(set_to_none=True)
+            with set_aside_gradients(self.parameters.values()):
+                # Not `autograd.grad`: reentrant checkpointing refuses it.
+                example_loss(self.model, take(batch, [k]), self.precision).sum().backward()
+                for column, p in zip(gradients, parameters, strict=True):
+                    column.append(torch.zeros_like(p) if p.grad is None else p.grad)
         for name, column in zip(names, gradients, strict=True):
             consume(name, DenseRows(exact(torch.stack(column))))
 

@@ -11,7 +11,7 @@ class GradientFacts:
     """What one gradient pass leaves behind; enough for any rank, aggregate and grouping.
 
     Args:
-        dots: <g_n, v_j> of pool example n and target j; None where no target was given.
+        dots: <g_n, v_j> of pool example n and target j.
         norms: norms of the pool gradients.
         gram: <v_i, v_j> of the targets.
         target_ids: the targets, in the order of the columns.

@@ -269,6 +269,11 @@ class Call:
     kwargs: Mapping[str, Any]
     D: Float[Tensor, "n ..."]  # gradient of the summed example losses at the output
 
+    @property
+    def input(self) -> Any:  # noqa: ANN401
+        """The first argument, however it was passed."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
 
 Kernel = Callable[[Call, str], Rows | None]
 _kernels: dict[type, Kernel] = {}
@@ -321,7 +326,7 @@ def kernel_for(module: nn.Module) -> Kernel | None:
 @gradient_kernel(nn.Linear)
 def linear(call: Call, name: str) -> Rows | None:
     """Rows of nn.Linear: y = x W^T + b."""
-    X, D = call.args[0], call.D
+    X, D = call.input, call.D
     if type(call.module).forward is not nn.Linear.forward or X.ndim != 3:
         return None
     if name == "bias":
@@ -332,7 +337,7 @@ def linear(call: Call, name: str) -> Rows | None:
 @gradient_kernel(Conv1D)
 def conv1d(call: Call, name: str) -> Rows | None:
     """Rows of transformers' Conv1D (GPT-2): y = x W + b, so X and D change places."""
-    X, D = call.args[0], call.D
+    X, D = call.input, call.D
     if X.ndim != 3:
         return None
     if name == "bias":
@@ -343,7 +348,7 @@ def conv1d(call: Call, name: str) -> Rows | None:
 @gradient_kernel(nn.Embedding)
 def embedding(call: Call, name: str) -> Rows | None:
     """Rows of nn.Embedding. `max_norm` and `scale_grad_by_freq` rewrite gradients: declined."""
-    module, T = call.module, call.args[0]
+    module, T = call.module, call.input
     if not isinstance(module, nn.Embedding) or module.max_norm or module.scale_grad_by_freq:
         return None
     if name != "weight" or T.ndim != 2:

@@ -11,7 +11,6 @@ killed pass, a resumed one and one shared by several processes compute the same 
 finished store any rank, aggregate, grouping or budget follows without another gradient.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectune.data import Tokens, collate, length_sorted_batches
-from selectune.errors import DataError, IncompatibleRunError
-from selectune.files import KillPoint, check_free_space, is_complete, kill_point, open_dir, staged
+from selectune.errors import CorruptFileError, DataError, IncompatibleRunError
+from selectune.files import (
+    KillPoint,
+    Opened,
+    check_free_space,
+    is_complete,
+    kill_point,
+    open_dir,
+    sha256_file,
+    staged,
+)
 from selectune.gradients.directions import Directions
 from selectune.gradients.engine import GradientEngine
 from selectune.gradients.facts import GradientFacts
@@ -103,17 +111,16 @@ class GradientStore:
             StorageError: the disk cannot take the target gradients.
         """
         if self.is_complete():
-            return self.load()
+            return self.load(targets)
         sizes = {name: p.numel() for name, p in engine.parameters.items()}
         n_bytes = 4 * len(targets) * (sum(sizes.values()) + len(pool)) + 64 * len(pool)
-        check_free_space(self.path, n_bytes)
+        file = self._directions
+        there = file.stat().st_size if file.exists() else 0
+        check_free_space(self.path, max(0, n_bytes - there))
         self.path.mkdir(parents=True, exist_ok=True)
-        device = next(iter(engine.parameters.values())).device
-        file = self.path / "directions.bin"
-        if not file.exists() and is_complete(self.path / "targets", kind="targets"):
-            # Killed between the two: without the directions the targets have to be run again.
-            shutil.rmtree(self.path / "targets")
-        with Directions(file, sizes, len(targets), device) as directions:
+        if self._has("targets", "targets"):
+            self._check_directions()
+        with Directions(file, sizes, len(targets), _device(engine)) as directions:
             if not self._has("targets", "targets"):
                 self._run_targets(engine, targets, directions, pad_id, progress)
             shards = _shards([len(t.input_ids) for t in pool], token_budget, shard_examples)
@@ -133,8 +140,7 @@ class GradientStore:
         meta = {"identity": self._identity, "n_shards": len(shards), "n_examples": len(pool)}
         with staged(self.path / "pool", kind="pool", meta=meta) as stage:
             stage.write_json("ids.json", [t.id for t in pool])
-        file.unlink()
-        return self.load()
+        return self.load(targets)
 
     def is_complete(self) -> bool:
         """Return whether the whole pass is on disk.
@@ -144,45 +150,78 @@ class GradientStore:
         """
         return self._has("pool", "pool")
 
-    def load(self) -> StoredPool:
+    def load(self, targets: Sequence[Target]) -> StoredPool:
         """Read the finished pass, examples in the pool's order.
+
+        Args:
+            targets: those of the pass, in its order; their tasks and groups are taken as they are
+                now, since no gradient depends on them.
 
         Raises:
             CorruptFileError: a part is missing or damaged.
+            IncompatibleRunError: a part belongs to another pass.
         """
-        done = open_dir(self.path / "pool", kind="pool")
+        # Here, so that a pass killed right after its last write does not leave them for ever.
+        self._directions.unlink(missing_ok=True)
+        done = self._open("pool", "pool")
         ids: list[str] = done.read_json("ids.json")
         tables: list[pa.Table] = []
         dots: list[np.ndarray] = []
         for k in range(done.meta["n_shards"]):
-            shard = open_dir(self.path / f"shard-{k:05d}", kind="shard")
+            shard = self._open(f"shard-{k:05d}", "shard")
             tables.append(shard.read_table("examples.parquet"))
             dots.append(_numpy(shard.read_tensors("dots.safetensors")["dots"]))
         table = pa.concat_tables(tables)
         place = {i: n for n, i in enumerate(table["id"].to_pylist())}
         order = [place[i] for i in ids]
-        targets = open_dir(self.path / "targets", kind="targets")
-        names = targets.read_table("targets.parquet")
+        gram = self._open("targets", "targets").read_tensors("gram.safetensors")["gram"]
         facts = GradientFacts(
             np.concatenate(dots)[order],
             table["norm"].to_numpy()[order],
-            _numpy(targets.read_tensors("gram.safetensors")["gram"]),
-            tuple(names["id"].to_pylist()),
-            tuple(names["group"].to_pylist()),
+            _numpy(gram),
+            tuple(t.tokens.id for t in targets),
+            tuple(t.group for t in targets),
         )
         return StoredPool(
             tuple(ids),
             facts,
             table["loss"].to_numpy()[order],
             table["n_target_tokens"].to_numpy()[order],
-            tuple(names["task"].to_pylist()),
+            tuple(t.task for t in targets),
         )
 
+    @property
+    def _directions(self) -> Path:
+        return self.path / "directions.bin"
+
+    def _check_directions(self) -> None:
+        """Drop targets whose directions are gone: they have to be run again.
+
+        Raises:
+            CorruptFileError: the directions are not those that the targets left.
+        """
+        file = self._directions
+        if not file.exists():
+            shutil.rmtree(self.path / "targets")
+            return
+        expected, found = self._open("targets", "targets").meta.get("directions"), sha256_file(file)
+        if found != expected:
+            raise CorruptFileError(
+                "the target gradients are not those that the pass wrote",
+                where=str(file),
+                why=f"expected sha256 {expected}, found {found}",
+                do="remove this file: the same command computes it again and goes on",
+            )
+
     def _has(self, name: str, kind: str) -> bool:
-        path = self.path / name
-        if not is_complete(path, kind=kind):
+        if not is_complete(self.path / name, kind=kind):
             return False
-        found = open_dir(path, kind=kind).meta["identity"]
+        self._open(name, kind)
+        return True
+
+    def _open(self, name: str, kind: str) -> Opened:
+        opened = open_dir(self.path / name, kind=kind)
+        found = opened.meta["identity"]
         if found != self._identity:
             changed = [
                 f"{key}: {found.get(key)!r} then, {self._identity.get(key)!r} now"
@@ -195,7 +234,7 @@ class GradientStore:
                 why="; ".join(changed),
                 do="choose another output folder, or remove this one to compute anew",
             )
-        return True
+        return opened
 
     def _run_targets(
         self,
@@ -216,7 +255,8 @@ class GradientStore:
 
                 losses += engine.run(batch, keep).tolist()
                 advance(len(some))
-        _refuse_nan([t.tokens.id for t in targets], losses)
+        gram = directions.gram()
+        _refuse_nan([t.tokens.id for t in targets], losses, gram.diagonal().tolist())
         directions.sync()
         table = pa.table(
             {
@@ -227,10 +267,10 @@ class GradientStore:
                 "n_target_tokens": [int(t.tokens.is_target.sum()) for t in targets],
             }
         )
-        meta = {"identity": self._identity}
+        meta = {"identity": self._identity, "directions": sha256_file(self._directions)}
         with staged(self.path / "targets", kind="targets", meta=meta) as stage:
             stage.write_table("targets.parquet", table)
-            stage.write_tensors("gram.safetensors", {"gram": directions.gram()})
+            stage.write_tensors("gram.safetensors", {"gram": gram})
 
     def _write_shard(self, name: str, columns: dict[str, list[Any]]) -> None:
         dots = torch.cat(columns.pop("dots"))
@@ -262,9 +302,9 @@ def _run_batch(
         norm2 = n2.double() if norm2 is None else norm2 + n2.double()
 
     losses = engine.run(batch, add).tolist()
-    _refuse_nan([t.id for t in items], losses)
     assert dots is not None
     assert norm2 is not None
+    _refuse_nan([t.id for t in items], losses, norm2.tolist())
     columns["id"] += [t.id for t in items]
     columns["loss"] += losses
     columns["norm"] += norm2.sqrt().tolist()
@@ -280,11 +320,12 @@ def _numpy(values: Any) -> np.ndarray:  # noqa: ANN401
     return values.numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def _refuse_nan(ids: Sequence[str], losses: Sequence[float]) -> None:
-    bad = [i for i, loss in zip(ids, losses, strict=True) if not np.isfinite(loss)]
+def _refuse_nan(ids: Sequence[str], losses: Sequence[float], norms2: Sequence[float]) -> None:
+    facts = zip(ids, losses, norms2, strict=True)
+    bad = [i for i, *numbers in facts if not np.isfinite(numbers).all()]
     if bad:
         raise DataError(
-            f"the loss of {len(bad)} examples is not a finite number",
+            f"the loss or gradient of {len(bad)} examples is not a finite number",
             where=f"example {', '.join(bad[:3])}",
             why="the model overflowed on them, or its weights hold NaN",
             do="use model.dtype=float32; if that does not help, take these rows out",
@@ -301,8 +342,3 @@ def _shards(
             shards.append([])
         shards[-1].append(batch)
     return shards
-
-
-def identity_text(identity: Mapping[str, Any]) -> str:
-    """Return an identity as one canonical line, for names and comparison."""
-    return json.dumps(identity, sort_keys=True, separators=(",", ":"))

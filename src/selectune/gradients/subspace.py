@@ -78,7 +78,7 @@ def rank_left_out(gram: Float[np.ndarray, "m m"]) -> int:
     """Return the smallest rank within one standard error of the best at foretelling new targets.
 
     Each target in turn is left out; what counts is the share of its energy inside the first r
-    directions of the others, less the share that r of M random directions would hold.
+    directions of the others, which can only grow with r: hence the standard error.
     """
     K = np.asarray(gram, np.float64)
     m = len(K)

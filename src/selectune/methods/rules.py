@@ -29,6 +29,14 @@ def topk(scores: Scores) -> list[str]:
     return scores.ranking()
 
 
+def target_columns(scores: Scores) -> list[str]:
+    """Return the columns with a score per task, else per subtask, else per target, else none."""
+    for prefix in ("task:", "subtask:", "to:"):
+        if columns := sorted(name for name in scores.columns if name.startswith(prefix)):
+            return columns
+    return []
+
+
 @selection_rule("round_robin", options=NoOptions)
 def round_robin(scores: Scores) -> list[str]:
     """Targets in turn take their best example that is left: tasks, else subtasks, else targets.
@@ -36,11 +44,8 @@ def round_robin(scores: Scores) -> list[str]:
     Raises:
         SelectionError: the scores say nothing per target.
     """
-    for prefix in ("task:", "subtask:", "to:"):
-        columns = sorted(name for name in scores.columns if name.startswith(prefix))
-        if columns:
-            break
-    else:
+    columns = target_columns(scores)
+    if not columns:
         raise SelectionError(
             f"scores of {scores.method} cannot be taken in turn",
             where="select.rule",
@@ -65,14 +70,29 @@ class Budget:
     tokens: int | None = None
 
     @classmethod
-    def of(cls, asked: float | int | str, n_pool: int) -> "Budget":
+    def of(
+        cls, asked: float | int | str, n_pool: int, n_pool_tokens: int | None = None
+    ) -> "Budget":
         """Return the budget that a recipe's 0.05, 500 or "20000 tokens" means for a pool.
+
+        Args:
+            asked: as the recipe says it.
+            n_pool: candidates.
+            n_pool_tokens: tokens of all of them, where that is known.
 
         Raises:
             SelectionError: it is larger than the pool, or rounds to nothing.
         """
         if isinstance(asked, str):
-            return cls(tokens=int(asked.split()[0]))
+            tokens = int(asked.split()[0])
+            if n_pool_tokens is not None and tokens > n_pool_tokens:
+                raise SelectionError(
+                    f"a budget of {asked}, and the pool has {n_pool_tokens}",
+                    where="select.budget",
+                    why="the pool is smaller than the budget",
+                    do=f'use at most "{n_pool_tokens} tokens", or a larger pool',
+                )
+            return cls(tokens=tokens)
         n = round(asked * n_pool) if isinstance(asked, float) else asked
         if n < 1 or n > n_pool:
             raise SelectionError(

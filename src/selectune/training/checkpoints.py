@@ -7,15 +7,18 @@ save that was cut off would block every restart. Here a folder counts once its m
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from selectune import files
 from selectune.data.tokens import Tokens
-from selectune.errors import CorruptFileError, IncompatibleRunError
+from selectune.errors import CorruptFileError, IncompatibleRunError, StorageError
 from selectune.recipe import TuneSection
 
 KIND = "checkpoint"
@@ -131,6 +134,30 @@ class Checkpoints:
         meta = {"identity": dict(self.identity), "step": step, "seconds": seconds}
         files.seal(self.folder / f"checkpoint-{step}", kind=KIND, meta=meta)
         self._remove(found for found, _ in self._found() if found < step and not self._stays(found))
+
+    @contextmanager
+    def written_by_others(self) -> Generator[None]:
+        """Say what went wrong while the Trainer wrote a checkpoint.
+
+        torch reports a full disk as a RuntimeError without a number: the folder that has no
+        manifest yet tells what it was about.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            half = next((p for _, p in self._found() if not (p / files.MANIFEST).exists()), None)
+            if half is None:
+                raise
+            raise StorageError(
+                f"cannot write {half.name}",
+                where=str(half),
+                why=f"the disk may be full; the writer said: {str(error).splitlines()[0]}",
+                do="free some space, or choose an output on another disk; then run the same "
+                "command again",
+            ) from error
 
     def finish(self, last: int) -> None:
         """Remove what only an interrupted run leaves, so that its folder looks like any other."""

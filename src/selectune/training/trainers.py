@@ -133,7 +133,9 @@ class TransformersArm(Trainer):
             f"the loss of step {self.state.global_step + 1} is {loss.item()}",
             where="example " + ", ".join(ids[:16]),
             why="every later weight would be lost as well",
-            do="lower tune.learning_rate, or look at these examples",
+            do="lower tune.learning_rate, or look at these examples"
+            if self.state.global_step
+            else "nothing has moved yet: check the base weights, or use model.dtype=float32",
         )
 
 

@@ -161,7 +161,8 @@ def tune(
             )
             trainer = _build(options.trainer, model, items, arguments, watch, batches, pad_id)
             path = None if start is None else str(start.path)
-            cast("Any", trainer).train(resume_from_checkpoint=path)
+            with checkpoints.written_by_others():
+                cast("Any", trainer).train(resume_from_checkpoint=path)
             state = trainer.state
         if interrupts.is_asked:
             raise KeyboardInterrupt
