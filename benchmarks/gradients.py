@@ -70,7 +70,7 @@ def peak(arm: str, dtype: str) -> int:
 def main() -> None:
     """Measure time in turns, then memory, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="3 steps instead of 15")
+    parser.add_argument("--quick", action="store_true", help="3 steps instead of 7")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -90,7 +90,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in arms}
         for run in arms.values():
             run()
-        for _ in range(3 if arguments.quick else 15):
+        for _ in range(3 if arguments.quick else 7):
             for name, run in arms.items():
                 start = time.perf_counter()
                 run()

@@ -70,7 +70,6 @@ def main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import Trainer  # noqa: F401
 
-    import selectune.compare
     import selectune.training  # noqa: F401
 
     for line in sys.stdin:

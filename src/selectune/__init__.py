@@ -1,8 +1,8 @@
 """selectune: find out from gradients which examples are worth training on, and train on those.
 
-    scores = selectune.score("gist", model, pool, target)
-    picks = selectune.select(scores, budget=0.05)
-    SFTTrainer(model, args, train_dataset=picks.examples(pool)).train()
+scores = selectune.score("gist", model, pool, target)
+picks = selectune.select(scores, budget=0.05)
+SFTTrainer(model, args, train_dataset=picks.examples(pool)).train()
 """
 
 from typing import TYPE_CHECKING, Any

@@ -62,14 +62,19 @@ def choose(ground: Ground, scores: Scores, fingerprint: str) -> Selection:
 
 
 class _NearCopies:
-    """Tell, for one candidate after another, which better one it nearly equals."""
+    """Tell, for one candidate after another, which chosen one it nearly equals."""
 
     def __init__(self, by_id: dict[str, Example], scores: Scores, threshold: float) -> None:
         ordered = [by_id[i] for i in scores.ranking()]
-        self._matches = near_duplicates(ordered, threshold).matches
+        self._first = near_duplicates(ordered, threshold).matches
+        self._chosen: dict[str, str] = {}  # first of a family of copies -> its chosen member
 
     def __call__(self, example_id: str) -> str | None:
-        return self._matches.get(example_id)
+        family = self._first.get(example_id, example_id)
+        if family in self._chosen:
+            return self._chosen[family]
+        self._chosen[family] = example_id
+        return None
 
 
 def control_selection(ground: Ground, name: str) -> Selection:

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from selectune.arms import BASE, FULL, TunedArm, choose, control_selection, evaluate_arm, tune_arm
-from selectune.data import Example
+from selectune.data import Example, content_key
 from selectune.errors import ConfigError, DataError
 from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds
 from selectune.files import lock, sweep, write_file
-from selectune.ground import Ground
+from selectune.ground import Ground, digest
 from selectune.progress import Progress
 from selectune.recipe import MatrixMethod, MatrixSection, Recipe
 from selectune.record import Record
@@ -196,7 +196,7 @@ class _Grid:
         if seed not in self._grounds:
             recipe = self.recipe.changed({"seed": seed, "matrix": None})
             ground = Ground(
-                recipe, self.out, shared=self.out / "shared", tasks=None, allow=(),
+                recipe, self.out, shared=self.out / "shared", tasks=None,
                 progress=self.progress,
             )  # fmt: skip
             if self._grounds:
@@ -210,8 +210,9 @@ class _Grid:
         """Take half of each task's targets out of the selection, to choose settings by."""
         kept: dict[str, tuple[Example, ...]] = {}
         for task, examples in ground.prepared.targets.items():
-            order = sorted(examples, key=lambda e: hashlib.sha256(e.id.encode()).digest())
-            half = len(order) // 2
+            # By content: equal rows stay on one side.
+            keys = sorted({content_key(e.id) for e in examples}, key=_hashed)
+            half = len(keys) // 2
             if half == 0:
                 raise DataError(
                     f"task {task} has one target example, which cannot be split",
@@ -219,9 +220,9 @@ class _Grid:
                     why="half of the targets choose the learning rate, half the examples",
                     do="give more target examples, or remove matrix.tune",
                 )
-            aside = {e.id for e in order[:half]}
-            self._aside[task] = [e for e in examples if e.id in aside]
-            kept[task] = tuple(e for e in examples if e.id not in aside)
+            aside = set(keys[:half])
+            self._aside[task] = [e for e in examples if content_key(e.id) in aside]
+            kept[task] = tuple(e for e in examples if content_key(e.id) not in aside)
         ground.prepared = replace(ground.prepared, targets=kept)
 
     def select(self, method: MatrixMethod, task: str, seed: int) -> Selection:
@@ -297,7 +298,7 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
         raise ConfigError("the recipe has no matrix", where="matrix", do="add matrix.methods")
     with lock(out):
         sweep(out)
-        Record(out, recipe, allow=("matrix",))
+        record = Record(out, recipe, allow=("matrix",))
         grid = _Grid(recipe, matrix, out, progress)
         cells: dict[tuple[str, str, int], _Cell] = {}
         bases: dict[str, Evaluation] = {}
@@ -313,7 +314,14 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
         write_file(out / "table.json", json.dumps(table.to_json(), indent=1).encode())
         write_file(out / "table.csv", table.to_csv().encode())
         write_file(out / "table.md", ("\n".join(table.lines()[:-2]) + "\n").encode())
+        files = ["table.json", "table.csv", "table.md"]
+        made = digest({"rows": [row.to_json() for row in table.rows]})
+        record.write("compare", made, cost={}, files=files, facts={"costs": costs})
         return table
+
+
+def _hashed(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _methods(matrix: MatrixSection) -> list[MatrixMethod]:

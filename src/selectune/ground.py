@@ -39,7 +39,6 @@ class Ground:
         shared: where work that several runs have in common lies under its fingerprint; None keeps
             everything in `out` under plain names.
         tasks: the target tasks this run is about; None for all of the recipe's.
-        allow: keys that may differ from what the folder was made with.
         progress: told of every long step.
     """
 
@@ -50,11 +49,10 @@ class Ground:
         *,
         shared: Path | None,
         tasks: Sequence[str] | None,
-        allow: Sequence[str],
         progress: Progress,
     ) -> None:
         self.recipe, self.out, self.shared = recipe, out, shared
-        self.allow, self.progress = tuple(allow), progress
+        self.progress = progress
         self._tasks = tasks
         self.costs: dict[str, dict[str, Any]] = {}
         self._base_fingerprint: str | None = None
@@ -113,7 +111,6 @@ class Ground:
             self.out,
             shared=self.shared,
             tasks=self._tasks,
-            allow=self.allow,
             progress=self.progress,
         )
         other.borrow(self)
@@ -165,19 +162,16 @@ class Ground:
     def is_done(self, path: Path, kind: str, fingerprint: str) -> bool:
         """Return whether a staged result is there, made from the same inputs.
 
-        A result of other inputs is removed where the recipe's change was allowed by name.
+        One of other inputs is stale and removed: `Record` lets no input change unless it was
+        allowed by name.
 
         Raises:
-            IncompatibleRunError: it was made from other inputs.
             CorruptFileError: it is damaged.
         """
         if not is_complete(path, kind=kind):
             return False
-        found = open_dir(path, kind=kind).meta["fingerprint"]
-        if found == fingerprint:
+        if open_dir(path, kind=kind).meta["fingerprint"] == fingerprint:
             return True
-        if not self.allow:
-            raise changed_inputs(path)
         shutil.rmtree(path)
         return False
 
@@ -204,9 +198,6 @@ class Ground:
             fingerprint: of everything but examples and options.
             name: of the arm.
             stop_after_epochs: end there, whatever the schedule.
-
-        Raises:
-            IncompatibleRunError: `path` holds other work, and no change was allowed by name.
         """
         step = options.batch_size * options.accumulation
         n_steps = (stop_after_epochs or options.epochs) * -(-len(items) // step)
@@ -239,9 +230,7 @@ class Ground:
             try:
                 return run()
             except IncompatibleRunError:
-                if not self.allow:
-                    raise
-                shutil.rmtree(path)
+                shutil.rmtree(path)  # stale, as in `is_done`
                 return run()
 
     @contextmanager
@@ -260,16 +249,6 @@ class Ground:
             return
         except ValueError as error:
             raise CorruptFileError("a price cannot be read", where=str(_price(path))) from error
-
-
-def changed_inputs(path: Path) -> IncompatibleRunError:
-    """Return the error for a result that was made from other data, base or settings."""
-    return IncompatibleRunError(
-        f"{path.name} was made from other data, another base or other settings",
-        where=str(path),
-        why="its fingerprint differs from that of the files named now",
-        do="choose another output folder, or allow the change by name: --allow data",
-    )
 
 
 def _price(path: Path) -> Path:

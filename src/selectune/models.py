@@ -41,6 +41,9 @@ from selectune.errors import (
 from selectune.files import open_dir, sha256_file
 from selectune.recipe import AdapterSection, ModelSection
 
+# Keys of a model's configuration that say where it came from, not what it computes.
+_BYSTANDERS = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache"})
+
 
 @dataclass(frozen=True, slots=True)
 class Base:
@@ -98,12 +101,20 @@ def load_base(section: ModelSection, *, adapter: AdapterSection) -> Base:
     precision = choose_precision(section.dtype, device)
     held = torch.float32 if adapter.kind == "full" else getattr(torch, precision)
     tokenizer = load_tokenizer(section)
+    if getattr(load_config(section), "quantization_config", None) is not None:
+        raise ConfigError(
+            f"the weights of {section.base} are quantised",
+            where="model.base",
+            why="quantised weights are neither supported nor tested as a base",
+            do="give the model in fp32 or bf16",
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             section.base,
             revision=section.revision,
             dtype=held,
             attn_implementation=section.attention,
+            trust_remote_code=False,
         )
     except SafetensorError as error:
         raise _unreadable(section, str(error)) from error
@@ -124,7 +135,17 @@ def load_base(section: ModelSection, *, adapter: AdapterSection) -> Base:
     cast("nn.Module", model).to(device)
     model.config.use_cache = False
     pad_id = cast("int | None", tokenizer.pad_token_id) or 0
-    return Base(model, tokenizer, device, precision, fingerprint(model.state_dict()), pad_id)
+    found = _base_fingerprint(model, section)
+    return Base(model, tokenizer, device, precision, found, pad_id)
+
+
+def _base_fingerprint(model: nn.Module, section: ModelSection) -> str:
+    """Return a hash of weights and of what else decides the function that they make up."""
+    config = {k: v for k, v in cast("Any", model).config.to_dict().items() if k not in _BYSTANDERS}
+    text = json.dumps([config, section.attention], sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode())
+    digest.update(fingerprint(model.state_dict()).encode())
+    return digest.hexdigest()[:32]
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -134,7 +155,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         ConfigError: there is no such model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(section.base, revision=section.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            section.base, revision=section.revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise _no_model(section, error) from error
     return cast("PreTrainedTokenizerBase", tokenizer)
@@ -147,7 +170,9 @@ def load_config(section: ModelSection) -> PretrainedConfig:
         ConfigError: there is no such model.
     """
     try:
-        config = AutoConfig.from_pretrained(section.base, revision=section.revision)
+        config = AutoConfig.from_pretrained(
+            section.base, revision=section.revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise _no_model(section, error) from error
     return cast("PretrainedConfig", config)
@@ -382,7 +407,17 @@ def load_tuned(base: Base, path: Path) -> nn.Module:
     opened = open_dir(path, kind="adapter")
     if "adapter_config.json" in opened.names:
         return load_adapter(base, path)
+    tensors: dict[str, Tensor] = {}
     for name in opened.names:
         if name.endswith(".safetensors"):
-            base.model.load_state_dict(opened.read_torch(name), strict=False)
+            tensors |= opened.read_torch(name)
+    places = base.model.state_dict()
+    # A tied tensor is saved once, under one of its names.
+    held = {places[n].data_ptr() for n in tensors if n in places}
+    missing = [n for n, t in places.items() if n not in tensors and t.data_ptr() not in held]
+    extra = tensors.keys() - places.keys()
+    if missing or extra:
+        why = f"{len(missing)} tensors are missing and {len(extra)} have no place in this model"
+        raise _other_base(path, why)
+    base.model.load_state_dict(tensors, strict=False)
     return base.model

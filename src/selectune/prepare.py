@@ -44,13 +44,20 @@ def resolve(recipe: Recipe) -> Assets:
         ConfigError: an unknown demo name, or held-out tasks that are no target tasks.
         StorageError: the demo's parts cannot be fetched.
     """
+    fetched: dict[str, dict[str, Path]] = {}
 
     def path(name: str) -> str:
         if not name.startswith(DEMO):
             return name
         # "demo:pool/30" asks for 30 pool examples per task.
-        name, _, size = name.partition("/") if name.startswith(f"{DEMO}pool/") else (name, "", "")
-        known = _demo_names(demo_assets(n_pool=int(size)) if size.isdigit() else demo_assets())
+        size = name.removeprefix(f"{DEMO}pool/")
+        if not size.isdigit():
+            size = ""
+        if size not in fetched:
+            fetched[size] = _demo_names(demo_assets(n_pool=int(size)) if size else demo_assets())
+        known = fetched[size]
+        if size:
+            name = f"{DEMO}pool"
         if name not in known:
             raise ConfigError(
                 f'"{name}" is no part of the demo', where="recipe", do=nearest(name, known)

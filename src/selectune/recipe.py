@@ -200,7 +200,8 @@ class MatrixMethod(Section):
     method: Text = Field(description="scorer; `selectune methods` lists them")
     options: dict[str, Any] = Field(default={}, description="options of the scorer")
     epochs: Count | None = Field(
-        None, description="epochs of this method alone, such as 1 for full; null: as the others"
+        default=None,
+        description="epochs of this method alone, such as 1 for full; null: as the others",
     )
 
 

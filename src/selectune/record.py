@@ -18,7 +18,7 @@ from selectune.recipe import Recipe
 
 FORMAT = 1
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
-FIELDS = ("format", "selectune", "libraries", "hardware", "seed", "steps")
+FIELDS = ("format", "selectune", "libraries", "hardware", "inputs", "seed", "steps")
 
 
 def versions() -> dict[str, str]:
@@ -52,14 +52,23 @@ class Record:
     Args:
         out: the run's folder.
         recipe: as resolved now; written to config.yaml.
-        allow: keys (or sections) that may differ from the config.yaml already there.
+        allow: keys, sections or names of inputs that may differ from what the folder was made with.
+        inputs: what else decides the result, by name: fingerprints of data and adapter, precision.
 
     Raises:
-        IncompatibleRunError: the folder holds a run of another recipe, or of a newer selectune.
+        IncompatibleRunError: the folder holds a run of another recipe, other inputs or libraries,
+            or of a newer selectune.
         CorruptFileError: config.yaml or run.json cannot be read.
     """
 
-    def __init__(self, out: Path, recipe: Recipe, allow: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        out: Path,
+        recipe: Recipe,
+        *,
+        allow: Sequence[str] = (),
+        inputs: Mapping[str, str] | None = None,
+    ) -> None:
         self.out = out
         self._path = out / "run.json"
         self._data: dict[str, Any] = {
@@ -67,6 +76,7 @@ class Record:
             "selectune": metadata.version("selectune"),
             "libraries": versions(),
             "hardware": hardware(),
+            "inputs": dict(inputs or {}),
             "seed": recipe.seed,
             "steps": {},
         }
@@ -74,8 +84,24 @@ class Record:
         if config.exists():
             _refuse_changes(config, recipe, allow)
         if self._path.exists():
-            self._data |= {"steps": read_run(out)["steps"]}
+            then = read_run(out)
+            self._refuse_inputs(then, allow)
+            self._data |= {"steps": then["steps"]}
         write_file(config, recipe.resolved_yaml().encode())
+        self._save()
+
+    def _refuse_inputs(self, then: Mapping[str, Any], allow: Sequence[str]) -> None:
+        old = {**then["inputs"], "libraries": then["libraries"]}
+        new = {**self._data["inputs"], "libraries": self._data["libraries"]}
+        changed = [key for key in sorted(new) if old.get(key) != new[key] and key not in allow]
+        if changed:
+            raise IncompatibleRunError(
+                f"{self.out} was made with other {' and '.join(changed)}",
+                where=str(self._path),
+                why="; ".join(f"{key}: {_difference(old.get(key), new[key])}" for key in changed),
+                do="choose another output folder, or allow it by name: --allow "
+                + ",".join(changed),
+            )
 
     def entry(self, step: str) -> dict[str, Any] | None:
         """Return what run.json says about a step, whatever its inputs were."""
@@ -118,6 +144,9 @@ class Record:
             "cost": cost.to_json() if isinstance(cost, Measured) else dict(cost),
             "facts": dict(facts or {}),
         }
+        self._save()
+
+    def _save(self) -> None:
         text = json.dumps(self._data, indent=2, ensure_ascii=False, allow_nan=False)
         write_file(self._path, text.encode())
 
@@ -129,6 +158,13 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Return run.json as plain values."""
         return dict(self._data)
+
+
+def _difference(old: Any, new: Any) -> str:  # noqa: ANN401
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+        return ", ".join(f"{k} {old.get(k)} then, {new.get(k)} now" for k in names)
+    return f"{old} then, {new} now"
 
 
 def check_file(path: Path, expected: str) -> None:
@@ -162,7 +198,7 @@ def read_run(out: Path) -> dict[str, Any]:
         raise CorruptFileError(
             f"run.json lacks {', '.join(missing)}", where=str(path), do="start the run anew"
         )
-    if not _is_sound(data["format"], data["steps"]):
+    if not _is_sound(data["format"], data["steps"], data["inputs"], data["libraries"]):
         raise CorruptFileError(
             "run.json is not as selectune writes it", where=str(path), do="start the run anew"
         )
@@ -176,9 +212,11 @@ def read_run(out: Path) -> dict[str, Any]:
     return data
 
 
-def _is_sound(version: object, steps: object) -> bool:
+def _is_sound(version: object, steps: object, *plain: object) -> bool:
     """Return whether what other code reads of run.json has the types that `Record` wrote."""
-    if type(version) is not int or not isinstance(steps, dict):
+    if type(version) is not int or not all(isinstance(part, dict) for part in plain):
+        return False
+    if not isinstance(steps, dict):
         return False
     shape = {"fingerprint": str, "files": dict, "cost": dict, "facts": dict}
     return all(

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from selectune.errors import ConfigError, nearest
 
 Family = Literal["data_scorer", "selection_rule"]
-Need = Literal["losses", "gradients", "dots"]
+Need = Literal["losses", "gradients"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # The packages whose import registers the methods of a family.
@@ -130,8 +130,8 @@ def data_scorer(
         name: what a recipe calls it.
         options: a frozen dataclass whose defaults are the paper's.
         needs: what it reads beside the tokens: "losses" (one forward pass of the base),
-            "gradients" (the store of one gradient pass), "dots" (the store, with the dot product
-            of every pool example and every target).
+            "gradients" (the store of one gradient pass: the dot product of every pool example with
+            every target).
     """
     return register("data_scorer", name, options=options, needs=frozenset(needs or ()))
 

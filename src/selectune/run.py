@@ -30,7 +30,7 @@ from selectune.files import KillPoint, kill_point, lock, open_dir, sweep, write_
 from selectune.ground import Ground, digest
 from selectune.measure import Measured
 from selectune.methods.rules import Budget
-from selectune.models import adapter_fingerprint, load_tuned
+from selectune.models import adapter_fingerprint, choose_device, choose_precision, load_tuned
 from selectune.plan import Plan, make_plan
 from selectune.progress import Progress, Silent
 from selectune.recipe import Recipe
@@ -69,8 +69,8 @@ class Run:
         out: the run's folder; made when missing.
         shared: a folder for work that several runs have in common (`compare` gives one).
         tasks: the target tasks this run is about; None for all.
-        allow: recipe keys that may differ from what the folder was made with; "data" allows
-            changed files.
+        allow: what may differ from what the folder was made with: recipe keys or sections,
+            "data" (the files too), "adapter_files", "precision", "libraries".
         progress: told of every long step.
     """
 
@@ -91,7 +91,6 @@ class Run:
             out,
             shared=shared,
             tasks=tasks,
-            allow=allow,
             progress=progress or Silent(),
         )
         self._scores: Scores | None = None
@@ -199,7 +198,14 @@ class Run:
 
     @cached_property
     def _record(self) -> Record:
-        return Record(self.out, self.recipe, self._allow)
+        device = choose_device(self.recipe.model.device)
+        own = self.recipe.model.adapter
+        inputs = {
+            "data": self.ground.prepared.fingerprint,
+            "adapter_files": "" if own is None else adapter_fingerprint(own),
+            "precision": f"{choose_precision(self.recipe.model.dtype, device)} on {device.type}",
+        }
+        return Record(self.out, self.recipe, allow=self._allow, inputs=inputs)
 
     def _writing(self) -> ExitStack:
         """Hold the folder for this process while a step writes into it."""

@@ -102,14 +102,11 @@ def _gradient_store(ground: Ground) -> StoredPool:
     }
     path = ground.place("store", "store", digest(identity))
     store = GradientStore(path, identity)
-    try:
-        if store.is_complete():
-            ground.recall("gradients", path)
-            return store.load(targets(ground))
-    except IncompatibleRunError:
-        if not ground.allow:
-            raise
+    if store.is_stale():
         shutil.rmtree(path)
+    if store.is_complete():
+        ground.recall("gradients", path)
+        return store.load(targets(ground))
     engine = GradientEngine(model, precision=base.precision)
     with ground.charge("gradients", path):
         return store.compute(

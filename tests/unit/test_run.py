@@ -97,7 +97,7 @@ def test_verify_accepts_a_sound_run_and_names_a_damaged_file(copied: Path) -> No
     assert "selected.jsonl" in found.problems[0]
 
 
-@pytest.mark.parametrize("field", ["libraries", "hardware", "seed", "steps"])
+@pytest.mark.parametrize("field", ["libraries", "hardware", "inputs", "seed", "steps"])
 def test_verify_names_a_missing_field(copied: Path, field: str) -> None:
     path = copied / "run/run.json"
     data = json.loads(path.read_text())

@@ -1,6 +1,6 @@
 """docs/reference.md: every key of a recipe and every method, written out from the code itself.
 
-    python -m selectune.cli.reference > docs/reference.md
+python -m selectune.cli.reference > docs/reference.md
 """
 
 from selectune.recipe import describe

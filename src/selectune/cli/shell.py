@@ -71,6 +71,10 @@ def need_recipe(recipe: str | None, verb: str) -> Path:
     )
 
 
+# What --allow takes beside keys: the inputs of a run that no key of the recipe holds.
+INPUTS = ("adapter_files", "precision", "libraries")
+
+
 def read_allow(text: str) -> tuple[str, ...]:
     """Return the keys that --allow names.
 
@@ -80,7 +84,7 @@ def read_allow(text: str) -> tuple[str, ...]:
     from selectune.recipe import describe
 
     keys = [key for key, *_ in describe()]
-    known = {*keys, *(key.split(".", 1)[0] for key in keys)}
+    known = {*keys, *(key.split(".", 1)[0] for key in keys), *INPUTS}
     allowed = tuple(key.strip() for key in text.split(",") if key.strip())
     for key in allowed:
         # Below a key stand the names that a user gives, as in data.target.csqa.

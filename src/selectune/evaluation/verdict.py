@@ -54,19 +54,19 @@ _ADVICE: Mapping[Code, tuple[str, ...]] = {
         "Look at the loss curve in the report: if it is still falling at the end, raise "
         "`tune.epochs` or `tune.learning_rate`; if it never falls, the rate is too low.",
         "Raise `select.budget`: there may be too few examples to learn from.",
-        "Check that pool rows are written the way held-out rows are: `selectune plan` shows both.",
+        "Check that pool rows are written the way held-out rows are: `selectune plan` shows some.",
     ),
     "worse_than_base": (
         "Lower `tune.learning_rate` by a factor of 3 to 10, or set `tune.epochs=1`: a training "
         "loss near zero beside a rising answer loss means learning by heart.",
         "Check that pool rows are written the way held-out rows are (same prompt style, same space "
-        "before the answer): `selectune plan` shows both with their loss mask.",
+        "before the answer): `selectune plan` shows some of them with their loss mask.",
         "Raise `select.budget`, or lower `adapter.rank`: fewer weights forget less.",
         "Until this is solved, use the base model as it is.",
     ),
     "no_control": (
-        'Set `tune.controls=["random"]` and run the same command again: only a random choice of '
-        "the same size shows what the selection adds.",
+        "Run the same command again with `tune.controls=[random] --allow tune.controls`: only a "
+        "random choice of the same size shows what the selection adds.",
     ),
 }
 
@@ -164,7 +164,7 @@ def _code(random: Interval | None, base: Interval | None) -> Code:
 
 def _sentence(name: str, intervals: Mapping[str, Interval]) -> str:
     loss = intervals[f"{name}/answer_loss"]
-    other = {"random": "random examples of the same number", "base": "the base model"}[name]
+    other = {"random": "random examples of the same budget", "base": "the base model"}[name]
     word = "lower" if loss.mean_difference < 0 else "higher"
     # Said as a positive number of nats "lower" or "higher", with its interval on the same side.
     sign = -1 if loss.mean_difference < 0 else 1

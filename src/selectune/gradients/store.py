@@ -142,6 +142,15 @@ class GradientStore:
             stage.write_json("ids.json", [t.id for t in pool])
         return self.load(targets)
 
+    def is_stale(self) -> bool:
+        """Return whether the folder holds a pass of another identity, finished or not."""
+        try:
+            self._has("targets", "targets")
+            self._has("pool", "pool")
+        except IncompatibleRunError:
+            return True
+        return False
+
     def is_complete(self) -> bool:
         """Return whether the whole pass is on disk.
 
@@ -307,7 +316,8 @@ def _run_batch(
     _refuse_nan([t.id for t in items], losses, norm2.tolist())
     columns["id"] += [t.id for t in items]
     columns["loss"] += losses
-    columns["norm"] += norm2.sqrt().tolist()
+    # A Gram product of a gradient near 0 can round below 0.
+    columns["norm"] += norm2.clamp(min=0).sqrt().tolist()
     columns["n_target_tokens"] += [int(t.is_target.sum()) for t in items]
     columns["dots"].append(dots.float().cpu())
 

@@ -1,5 +1,7 @@
-"""Which examples: one file per scorer. Importing this package registers them all."""
+"""Which examples: one file per scorer. Importing this package registers every file in it."""
 
-from selectune.methods.data import gist, grad_cosine, length, perplexity, random
+import importlib
+import pkgutil
 
-__all__ = ["gist", "grad_cosine", "length", "perplexity", "random"]
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")

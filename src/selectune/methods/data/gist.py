@@ -40,7 +40,8 @@ class GistOptions:
         Field(description="best target (paper), best subtask mean (release), mean of targets"),
     ] = "max_example"
     rank: Annotated[
-        int | Annotated[str, Field(pattern=r"^(energy:(0?\.\d+|1(\.0*)?)|loo|full)$")],
+        Annotated[int, Field(ge=1)]
+        | Annotated[str, Field(pattern=r"^(energy:(0?\.\d+|1(\.0*)?)|loo|full)$")],
         Field(description='"energy:0.95" (paper), a number (release: 150), "loo" or "full"'),
     ] = "energy:0.95"
     energy: Annotated[
@@ -96,7 +97,7 @@ def _subtask_means(
     return names, np.stack([c[labels == name].mean(0) for name in names])
 
 
-@data_scorer("gist", options=GistOptions, needs={"gradients", "dots"})
+@data_scorer("gist", options=GistOptions, needs={"gradients"})
 def score(evidence: Evidence, options: GistOptions) -> Scores:
     """Rank the pool by cosine to the targets inside the targets' leading directions."""
     facts = evidence.gradients

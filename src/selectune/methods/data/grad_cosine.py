@@ -28,7 +28,7 @@ class GradCosineOptions:
     ] = "max"
 
 
-@data_scorer("grad_cosine", options=GradCosineOptions, needs={"gradients", "dots"})
+@data_scorer("grad_cosine", options=GradCosineOptions, needs={"gradients"})
 def score(evidence: Evidence, options: GradCosineOptions) -> Scores:
     """Rank the pool by cosine to the targets in the space of all trainable parameters."""
     facts = evidence.gradients
