@@ -51,22 +51,29 @@ def passes(cli: WarmCli, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Return every file of a run: its bytes, or nothing where these cannot be the same twice."""
+    """Return every file of a run: its bytes, or nothing where these cannot be the same twice.
+
+    A price is written after the result that it is of, and may be lost between the two.
+    """
     return {
-        path.relative_to(run).as_posix(): b""
-        if path.name in NOT_THE_SAME or path.name.endswith(".cost.json")
-        else path.read_bytes()
+        path.relative_to(run).as_posix(): b"" if path.name in NOT_THE_SAME else path.read_bytes()
         for path in sorted(run.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not path.name.endswith(".cost.json")
     }
 
 
 def finished(run: Path) -> dict[Path, int]:
-    """Return when each file of a finished result was written; checkpoints come and go."""
+    """Return when each file of a finished result was written.
+
+    Checkpoints come and go. A selection takes a moment, and is made again until it is on record.
+    """
     return {
         file: file.stat().st_mtime_ns
         for manifest in run.rglob(MANIFEST)
-        if not any(p.startswith(("checkpoint-", ".")) for p in manifest.relative_to(run).parts)
+        if not any(
+            part.startswith(("checkpoint-", "selection", "."))
+            for part in manifest.relative_to(run).parts
+        )
         for file in manifest.parent.iterdir()
     }
 

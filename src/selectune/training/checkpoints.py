@@ -159,8 +159,13 @@ class Checkpoints:
                 "command again",
             ) from error
 
-    def finish(self, last: int) -> None:
-        """Remove what only an interrupted run leaves, so that its folder looks like any other."""
+    def finish(self, last: int | None) -> None:
+        """Remove what only an interrupted run leaves, so that its folder looks like any other.
+
+        Args:
+            last: step at the end of the schedule, where the Trainer saves whatever `every` says;
+                None where the run ended before it.
+        """
         self._remove(
             step
             for step, _ in self._found()

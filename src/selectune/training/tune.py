@@ -193,7 +193,7 @@ def tune(
         n_moved=n_moved,
     )
     _save(model, result, identity)
-    checkpoints.finish(n_steps)
+    checkpoints.finish(n_steps if n_steps == batches.n_steps * options.epochs else None)
     return result
 
 
