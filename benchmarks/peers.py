@@ -23,12 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Stopwatch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
@@ -46,7 +46,6 @@ from selectune.gradients.engine import GradientEngine, precision_of
 from selectune.gradients.store import GradientStore, Target
 from selectune.measure import peak_rss
 from selectune.models import Base, add_adapter, load_adapter, load_base
-from selectune.progress import Advance
 from selectune.recipe import AdapterSection, ModelSection
 
 HERE = Path(__file__).parent
@@ -95,23 +94,6 @@ def read_tokens(file: Path) -> list[Tokens]:
     return items
 
 
-class Stopwatch:
-    """A progress that remembers how long each phase took, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str, total: int | None, unit: str) -> Generator[Advance]:
-        """Time one phase."""
-        start = time.perf_counter()
-        yield lambda n: None
-        self.seconds[name] = time.perf_counter() - start
-
-    def note(self, text: str) -> None:
-        """Say nothing."""
-
-
 # One pass of an arm over `items` in batches of at most `budget` tokens: seconds, losses.
 Pass = Callable[[Sequence[Tokens], int], tuple[float, list[float]]]
 
@@ -124,7 +106,6 @@ def selectune_pass(base: Base, model: nn.Module, targets: Sequence[Tokens]) -> P
     def run(items: Sequence[Tokens], budget: int) -> tuple[float, list[float]]:
         watch = Stopwatch()
         with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
             found = GradientStore(Path(folder) / "store", {"budget": budget}).compute(
                 engine,
                 items,
@@ -134,7 +115,7 @@ def selectune_pass(base: Base, model: nn.Module, targets: Sequence[Tokens]) -> P
                 shard_examples=256,
                 progress=watch,
             )
-            seconds = time.perf_counter() - start - watch.seconds["target gradients"]
+            seconds = time.perf_counter() - watch.began["pool gradients"]
         return seconds, found.losses.tolist()
 
     return run

@@ -21,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Stopwatch
 from transformers.utils import logging as transformers_logging
 
 from selectune.data import (
@@ -41,29 +41,11 @@ from selectune.gradients.engine import GradientEngine, example_loss
 from selectune.gradients.store import GradientStore, Target
 from selectune.measure import Measured
 from selectune.models import Base, add_adapter, load_base
-from selectune.progress import Advance
 from selectune.recipe import AdapterSection, ModelSection
 
 ARMS = {"bare": 0, "m64": 64, "m128": 128}
 BUDGET = 2048  # score.token_budget
 BUDGETS = (1024, 2048, 4096)
-
-
-class Stopwatch:
-    """A progress that remembers how long each phase took, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str, total: int | None, unit: str) -> Generator[Advance]:
-        """Time one phase."""
-        start = time.perf_counter()
-        yield lambda n: None
-        self.seconds[name] = time.perf_counter() - start
-
-    def note(self, text: str) -> None:
-        """Say nothing."""
 
 
 def bare(base: Base, engine: GradientEngine, items: Sequence[Tokens], budget: int) -> float:
@@ -110,7 +92,7 @@ def measure(arm: str, dtype: str, n_pool: int) -> dict[str, Any]:
                 shard_examples=256,
                 progress=watch,
             )
-        seconds = measured.seconds - watch.seconds["target gradients"]
+            seconds = time.perf_counter() - watch.began["pool gradients"]
     cuda = torch.cuda.is_available()
     peak = measured.device_peak_bytes if cuda else measured.peak_bytes
     return {"examples_per_second": len(pool) / seconds, "peak_bytes": peak}

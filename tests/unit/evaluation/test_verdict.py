@@ -43,7 +43,7 @@ def test_each_outcome_is_named(
 def test_the_sentence_gives_a_positive_number_inside_its_interval() -> None:
     found = verdict(_arm(1.0, noise=0.0), _arm(2.0, noise=0.0), None, n_boot=100)
     assert (
-        "Against random examples of the same number, its answer loss is 1.000 nats per token "
+        "Against random examples of the same budget, its answer loss is 1.000 nats per token "
         "lower [1.000, 1.000] (60 held-out examples)." in found.text
     )
 
