@@ -27,6 +27,7 @@ _QUIET_ENVIRONMENT = {
     "COMET_MODE": "disabled",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "true",
+    "TQDM_DISABLE": "1",  # bars of loading and of fetching would break into ours
 }
 
 _PACKAGE = Path(__file__).parents[1]
