@@ -44,7 +44,7 @@ from selectune.models import Base, add_adapter, load_base
 from selectune.recipe import AdapterSection, ModelSection
 
 ARMS = {"bare": 0, "m64": 64, "m128": 128}
-BUDGET = 2048  # score.token_budget
+BUDGET = 1024  # score.token_budget
 BUDGETS = (1024, 2048, 4096)
 
 

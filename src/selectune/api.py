@@ -37,7 +37,7 @@ def score(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 512,
-    token_budget: int = 2048,
+    token_budget: int = 1024,
     precision: str | None = None,
     seed: int = 0,
     **options: Any,  # noqa: ANN401

@@ -128,7 +128,7 @@ class ScoreSection(Section):
 
     method: Text = Field(default="gist", description="scorer; `selectune methods` lists them")
     options: dict[str, Any] = Field(default={}, description="options of the scorer")
-    token_budget: Count = Field(default=2048, description="padded tokens in one gradient batch")
+    token_budget: Count = Field(default=1024, description="padded tokens in one gradient batch")
     shard_examples: Count = Field(
         default=256, description="examples in one resumable shard of the store"
     )
