@@ -11,17 +11,27 @@ from pydantic import TypeAdapter, ValidationError
 
 from selectune.errors import ConfigError, nearest
 
-Family = Literal["data_scorer", "selection_rule"]
-Need = Literal["losses", "gradients"]
+Family = Literal["data_scorer", "selection_rule", "training_method", "row_picker"]
+Need = Literal["losses", "gradients", "norm2", "gram"]
 Function = TypeVar("Function", bound=Callable[..., Any])
+Method = TypeVar("Method")
 
 # The packages whose import registers the methods of a family.
-_HOMES: dict[Family, str] = {
-    "data_scorer": "selectune.methods.data",
-    "selection_rule": "selectune.methods.rules",
+_HOMES: dict[Family, tuple[str, ...]] = {
+    "data_scorer": ("selectune.methods.data",),
+    "selection_rule": ("selectune.methods.rules",),
+    "training_method": ("selectune.methods.layers", "selectune.methods.data_layer"),
+    "row_picker": ("selectune.methods.data_layer",),
 }
+# Families of which one file may hold several: their summary stands in the function's docstring.
+_SEVERAL_IN_A_FILE = frozenset({"selection_rule", "row_picker", "training_method"})
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SECTION = re.compile(r"^(Paper|Cost|Fails)\s+(.*(?:\n\s{2,}.*)*)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """The options of a method that has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +55,7 @@ class Entry:
     def summary(self) -> str:
         """The first line of the method's file; of its function where a file holds several."""
         own = self.function.__doc__ or ""
-        text = own if self.family == "selection_rule" else self._document()
+        text = own if self.family in _SEVERAL_IN_A_FILE else self._document()
         return text.strip().split("\n", 1)[0]
 
     @property
@@ -95,7 +105,7 @@ class Entry:
             ) from error
 
 
-_entries: dict[Family, dict[str, Entry]] = {"data_scorer": {}, "selection_rule": {}}
+_entries: dict[Family, dict[str, Entry]] = {family: {} for family in _HOMES}
 
 
 def register(
@@ -141,9 +151,30 @@ def selection_rule(name: str, *, options: type) -> Callable[[Function], Function
     return register("selection_rule", name, options=options)
 
 
+def row_picker(name: str, *, needs: set[Need] | None = None) -> Callable[[Function], Function]:
+    """Register a picker: what one layer knows of a batch -> how much each example counts there.
+
+    Args:
+        name: what `pick` calls it.
+        needs: what it reads beside the alignments: "norm2", "gram". Nothing else is computed.
+    """
+    return register("row_picker", name, options=NoOptions, needs=frozenset(needs or ()))
+
+
+def training_method(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Register a method that acts during training: a frozen dataclass of its options."""
+
+    def add(method: type[Method]) -> type[Method]:
+        register("training_method", name, options=method)(method)
+        return method
+
+    return add
+
+
 def methods(family: Family) -> list[Entry]:
     """Return every method of a family, by name."""
-    importlib.import_module(_HOMES[family])
+    for home in _HOMES[family]:
+        importlib.import_module(home)
     return [_entries[family][name] for name in sorted(_entries[family])]
 
 

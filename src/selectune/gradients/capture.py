@@ -9,7 +9,7 @@ All taps share one scalar, the *anchor*. A backward pass towards the anchor alon
 tap but forms no weight gradient, which is why gradients per example cost no more than a plain step.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from selectune.errors import CoverageError
 from selectune.gradients.kernels import Call, JointRows, Rows, kernel_for
@@ -30,11 +31,11 @@ class _Tap(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401
         output: Tensor,
-        anchor: Tensor,
+        anchor: Tensor | None,
         site: _Site,
         *saved: Tensor,
     ) -> Tensor:
-        ctx.site = site
+        ctx.site, ctx.is_anchored = site, anchor is not None
         ctx.save_for_backward(*saved)
         return output.view_as(output)
 
@@ -42,7 +43,55 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401
         saved = ctx.saved_tensors
         ctx.site(grads[0], saved)
-        return grads[0], torch.zeros((), device=grads[0].device), None, *(None for _ in saved)
+        zero = torch.zeros((), device=grads[0].device) if ctx.is_anchored else None
+        return grads[0], zero, None, *(None for _ in saved)
+
+
+def tap(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Tensor,
+    receive: Callable[[Call], None],
+    *,
+    anchor: Tensor | None = None,
+) -> Tensor:
+    """Return the output of a module, threaded through a node that hands over the call in backward.
+
+    Args:
+        module: whose forward hook this is called in.
+        args: of its forward.
+        kwargs: of its forward.
+        output: what it returned.
+        receive: called in the backward pass, as soon as the gradient of `output` is known.
+        anchor: a leaf that draws backward passes towards it through the node; None where the output
+            requires a gradient anyway.
+    """
+    plain = [*args, *kwargs.values()]
+    is_saved = [isinstance(value, Tensor) for value in plain]
+    # Under autocast a matrix product saves its input in half precision; so do we.
+    half = (
+        torch.get_autocast_dtype(output.device.type)
+        if isinstance(module, nn.Linear | Conv1D) and torch.is_autocast_enabled(output.device.type)
+        else None
+    )
+    saved = tuple(
+        v.detach().to(half) if half is not None and v.dtype == torch.float32 else v.detach()
+        for v in plain
+        if isinstance(v, Tensor)
+    )
+    # The closure must not hold tensors: they belong to autograd, which may recompute them.
+    n_args, keys = len(args), list(kwargs)
+    others = [None if isinstance(v, Tensor) else v for v in plain]
+
+    def site(D: Tensor, tensors: tuple[Tensor, ...]) -> None:
+        source = iter(tensors)
+        values = [next(source) if keep else v for v, keep in zip(others, is_saved, strict=True)]
+        receive(
+            Call(module, tuple(values[:n_args]), dict(zip(keys, values[n_args:], strict=True)), D)
+        )
+
+    return _Tap.apply(output, anchor, site, *saved)  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -131,25 +180,10 @@ class Capture:
                     self._calls[key] = self._calls.get(key, 0) + 1
             if not torch.is_grad_enabled():
                 return None
-            plain = [*args, *kwargs.values()]
-            is_saved = [isinstance(value, Tensor) for value in plain]
-            saved = tuple(v.detach() for v in plain if isinstance(v, Tensor))
-
-            def site(D: Tensor, tensors: tuple[Tensor, ...]) -> None:
-                source = iter(tensors)
-                values = [
-                    next(source) if keep else v for v, keep in zip(others, is_saved, strict=True)
-                ]
-                call = Call(
-                    module, tuple(values[:n_args]), dict(zip(keys, values[n_args:], strict=True)), D
-                )
-                self._receive(call, owned)
-
-            # The closure must not hold tensors: they belong to autograd, which may recompute them.
-            n_args, keys = len(args), list(kwargs)
-            others = [None if isinstance(v, Tensor) else v for v in plain]
             anchor = self._anchor.to(output.device)
-            return _Tap.apply(output, anchor, site, *saved)  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
+            return tap(
+                module, args, kwargs, output, lambda call: self._receive(call, owned), anchor=anchor
+            )
 
         handle: RemovableHandle = module.register_forward_hook(after_forward, with_kwargs=True)
         self._stack.callback(handle.remove)

@@ -7,7 +7,7 @@ gradient. A functional call around a module, a fused head or an odd norm is thus
 """
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,7 +24,7 @@ from selectune.gradients.capture import (
     set_aside_gradients,
     trainable,
 )
-from selectune.gradients.kernels import DenseRows, Rows, exact
+from selectune.gradients.kernels import DenseRows, Rows, exact, ones
 from selectune.gradients.loss import target_nll
 
 _log = logging.getLogger(__name__)
@@ -104,15 +104,20 @@ class GradientEngine:
         model: its `requires_grad` flags say what is captured; put in eval mode, so that dropout
             is off.
         precision: "float32", "bfloat16" or "float16": the autocast of each forward pass.
+        only: names of the trainable parameters that matter; None for all.
 
     Raises:
         SelectionError: nothing in the model is trainable.
     """
 
-    def __init__(self, model: nn.Module, *, precision: str = "float32") -> None:
+    def __init__(
+        self, model: nn.Module, *, precision: str = "float32", only: Container[str] | None = None
+    ) -> None:
         self.model = model.eval()
         self.precision = precision
-        self.parameters = trainable(model)
+        found = trainable(model)
+        self.parameters = {n: p for n, p in found.items() if only is None or n in only}
+        self._outside = frozenset(found.keys() - self.parameters.keys())
         self.looped: frozenset[str] = frozenset()
         # Without rows and without gradient on the first batch; a later one may yet use them.
         self.idle: frozenset[str] = frozenset()
@@ -132,10 +137,11 @@ class GradientEngine:
         """
         if not self._probed:
             self.probe(batch)
-        idle = [self.parameters[name] for name in self.idle]
+        # A layer sampler may have frozen some since the probe.
+        idle = [p for name in self.idle if (p := self.parameters[name]).requires_grad]
         with (
             set_aside_gradients(idle),
-            Capture(self.model, consume, skip=self.looped) as capture,
+            Capture(self.model, consume, skip=self.looped | self._outside) as capture,
         ):
             capture.expect(len(batch.ids))
             losses = example_loss(self.model, batch, self.precision)
@@ -163,10 +169,10 @@ class GradientEngine:
         sums: dict[str, Tensor] = {}
 
         def add_up(name: str, rows: Rows) -> None:
-            sums[name] = rows.combine(torch.ones_like(rows.norm2()))
+            sums[name] = rows.combine(ones(rows))
 
-        with set_aside_gradients(self.parameters.values()):
-            with Capture(self.model, add_up) as capture:
+        with set_aside_gradients(self.model.parameters()):
+            with Capture(self.model, add_up, skip=self._outside) as capture:
                 capture.expect(len(few.ids))
                 losses = example_loss(self.model, few, self.precision)
                 capture.backward(losses, towards_weights=True)
@@ -189,7 +195,7 @@ class GradientEngine:
         parameters = [self.parameters[name] for name in names]
         gradients: list[list[Tensor]] = [[] for _ in names]
         for k in range(len(batch.ids)):
-            with set_aside_gradients(self.parameters.values()):
+            with set_aside_gradients(self.model.parameters()):
                 # Not `autograd.grad`: reentrant checkpointing refuses it.
                 example_loss(self.model, take(batch, [k]), self.precision).sum().backward()
                 for column, p in zip(gradients, parameters, strict=True):

@@ -108,7 +108,8 @@ class DenseRows:
 class LinearRows:
     """What each example asks of one matrix: D_n^T X_n, formed only by `dense`.
 
-    For weights stored the other way round (transformers' Conv1D) X and D change places.
+    Rows in half precision stay so until they are used. For weights stored the other way round
+    (transformers' Conv1D) X and D change places.
     """
 
     X: Float[Tensor, "n t i"]
@@ -124,33 +125,40 @@ class LinearRows:
         """Shape of the weight, [o, i]."""
         return (self.D.shape[2], self.X.shape[2])
 
+    def widened(self) -> "LinearRows":
+        """Return the rows in a type that sums without losing digits."""
+        return LinearRows(exact(self.X), exact(self.D))
+
     def dense(self) -> Float[Tensor, "n o i"]:
         """Every example's gradient."""
-        return self.D.mT @ self.X
+        return exact(self.D).mT @ exact(self.X)
 
     def combine(self, w: Float[Tensor, " n"]) -> Float[Tensor, "o i"]:
         """Weighted sum over examples: one product, no gradient per example."""
-        return (self.D * w[:, None, None]).flatten(0, 1).mT @ self.X.flatten(0, 1)
+        D = exact(self.D) * w[:, None, None]
+        return D.flatten(0, 1).mT @ exact(self.X).flatten(0, 1)
 
     def dot(self, G: Float[Tensor, "o i"]) -> Float[Tensor, " n"]:
         """Inner product with G, through the smaller side."""
+        X, D = exact(self.X), exact(self.D)
         if self.shape[0] <= self.shape[1]:
-            return ((self.D @ G) * self.X).sum((1, 2))
-        return ((self.X @ G.mT) * self.D).sum((1, 2))
+            return ((D @ G) * X).sum((1, 2))
+        return ((X @ G.mT) * D).sum((1, 2))
 
     def norm2(self) -> Float[Tensor, " n"]:
         """Squared norm: <D^T X, D^T X> = <D D^T, X X^T>, the cheaper form while t * t < o * i."""
         t, (o, i) = self.X.shape[1], self.shape
         if t * t < o * i:
-            return ((self.D @ self.D.mT) * (self.X @ self.X.mT)).sum((1, 2))
+            X, D = exact(self.X), exact(self.D)
+            return ((D @ D.mT) * (X @ X.mT)).sum((1, 2))
         return self.dense().square().sum((1, 2))
 
     def project(self, P: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
         """Inner products with k directions, a few examples' dense gradients at a time."""
+        X, D = exact(self.X), exact(self.D)
         step = max(1, _CHUNK_ELEMENTS // (self.shape[0] * self.shape[1]))
         parts = [
-            (self.D[a : a + step].mT @ self.X[a : a + step]).flatten(1) @ P.mT
-            for a in range(0, self.n, step)
+            (D[a : a + step].mT @ X[a : a + step]).flatten(1) @ P.mT for a in range(0, self.n, step)
         ]
         return torch.cat(parts)
 
@@ -260,6 +268,48 @@ def project_with_norm(
     return rows.project(P), rows.norm2()
 
 
+def ones(rows: Rows) -> Float[Tensor, " n"]:
+    """Return a weight of 1 for every example, of the type and on the device of the rows."""
+    match rows:
+        case LinearRows() | EmbeddingRows():
+            return exact(rows.D.new_ones(rows.n))
+        case JointRows():
+            return ones(rows.parts[0])
+        case _:
+            return rows.dense().new_ones(rows.n)
+
+
+def thin(rows: Rows) -> Rows:
+    """Return rows in the smaller of their two forms; for low-rank factors that is the dense one.
+
+    The product runs in the precision of the rows, as autograd's own weight gradient does, and each
+    example's gradient is rounded once.
+    """
+    if not isinstance(rows, LinearRows):
+        return rows
+    o, i = rows.shape
+    if o * i > rows.X.shape[1] * (o + i):
+        return rows
+    return DenseRows(exact(rows.D.mT @ rows.X) if _is_even(rows) else rows.dense())
+
+
+def total(rows: Rows) -> Float[Tensor, "..."]:
+    """Return the sum over examples, in one product of the precision of the rows."""
+    if isinstance(rows, LinearRows) and _is_even(rows):
+        return exact(rows.D.flatten(0, 1).mT @ rows.X.flatten(0, 1))
+    return rows.combine(ones(rows))
+
+
+def _is_even(rows: LinearRows) -> bool:
+    return rows.X.dtype == rows.D.dtype
+
+
+def gram(rows: Rows) -> Float[Tensor, "n n"]:
+    """Return the inner products <g_n, g_m> of every two examples, from their dense gradients."""
+    G = rows.dense().flatten(1)
+    return G @ G.mT
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call of a module, as its kernel sees it in the backward pass."""
@@ -331,7 +381,7 @@ def linear(call: Call, name: str) -> Rows | None:
         return None
     if name == "bias":
         return DenseRows(exact(D).sum(1))
-    return LinearRows(exact(X), exact(D)) if name == "weight" else None
+    return LinearRows(X, D) if name == "weight" else None
 
 
 @gradient_kernel(Conv1D)
@@ -342,7 +392,7 @@ def conv1d(call: Call, name: str) -> Rows | None:
         return None
     if name == "bias":
         return DenseRows(exact(D).sum(1))
-    return LinearRows(exact(D), exact(X)) if name == "weight" else None
+    return LinearRows(D, X) if name == "weight" else None
 
 
 @gradient_kernel(nn.Embedding)

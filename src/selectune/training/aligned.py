@@ -1,0 +1,580 @@
+"""Examples per layer while a model trains: target gradients, alignments, picks.
+
+Per optimizer step one pass over a few target examples gives the target gradient of every layer.
+Per forward pass the gates (`training.gate`) ask, layer by layer, how the examples of the batch
+align with it, and a row picker says which of them the layer learns from.
+"""
+
+import hashlib
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from selectune.data import Batch
+from selectune.data.collate import NO_LOSS
+from selectune.errors import ConfigError, CoverageError, DataError, IncompatibleRunError
+from selectune.gradients.engine import GradientEngine, dropout_off
+from selectune.gradients.kernels import DenseRows, Rows, gram, ones
+from selectune.training.gate import Gates
+from selectune.training.layers import Layer, trainable_layers
+from selectune.training.method import BatchSource, Scene, Session, Weighting, refuse_missing
+from selectune.training.picks import Aggregate, Alignments, Picker, factors
+from selectune.training.ranks import Exchange, rank
+from selectune.training.target_gradient import TargetGradient
+from selectune.training.weighting import detect
+
+Form = Literal["separate", "two_pass", "concat"]
+_STREAM = 2  # of the seed; 1 draws target examples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aligning:
+    """How examples are picked for layers.
+
+    Attributes:
+        keep: share of each batch, or a number of examples.
+        pick: says which examples one layer learns from.
+        needs: what `pick` reads beside the scores: "norm2", "gram".
+        score: inner product or cosine with the target gradient.
+        is_shared: one pick for all layers, from scores summed over them.
+        is_same_noise: every layer draws with the same noise.
+        granularity: what picks: a decoder block, or each module by itself.
+        target_batch: target examples per pass.
+        refresh_every: optimizer steps between target passes.
+        momentum: share of the old target gradient that a new one keeps.
+        temperature: of the softmax.
+        aggregate: see `picks.factors`.
+        form: see `methods.data_layer.gast`.
+        pick_scope: whether processes pick from their own examples or from all.
+    """
+
+    keep: float | int
+    pick: Picker
+    needs: frozenset[str]
+    score: Literal["dot", "cosine"]
+    is_shared: bool
+    is_same_noise: bool
+    granularity: Literal["layer", "module"]
+    target_batch: int
+    refresh_every: int
+    momentum: float
+    temperature: float | int
+    aggregate: Aggregate
+    form: Form
+    pick_scope: Literal["local", "global"]
+
+
+@dataclass(slots=True, eq=False)
+class _Forward:
+    """One forward pass of the training loop."""
+
+    n: int  # rows, of which the last `n_aside` are targets that ride along
+    n_aside: int
+    n_tokens: Int[Tensor, " n"]  # target tokens
+    is_valid: Bool[Tensor, " n"]
+    noise: Float[Tensor, "units all"]  # of the examples of all processes, if they pick together
+    k: int
+    mine: slice  # this process's examples among all
+    counts: list[int]  # examples of each process
+    # Two passes: what the first one found, by picking unit.
+    scored: "dict[str, _Scored]" = field(default_factory=dict)
+    # Rows of one parameter under each example's own mean loss, to find the loss's weights by.
+    replay: dict[str, Rows] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Scored:
+    """Sums over the parameters of one picking unit."""
+
+    score: Tensor | float = 0.0
+    norm2: Tensor | float = 0.0
+    gram: Tensor | float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Seen:
+    """What one layer did in one step; tensors stay on the device until the step ends."""
+
+    picked: list[Tensor] = field(default_factory=list)
+    stats: list[Tensor] = field(default_factory=list)  # mean, std, max |z|
+    tokens: list[Tensor] = field(default_factory=list)
+
+
+_ALL = "all layers"  # the picking unit where all layers share one pick
+
+
+class AlignedSession:
+    """Picks examples for the layers of one model while it trains.
+
+    Args:
+        scene: the model and what is around it.
+        how: what to pick, and how.
+        source: of target examples.
+        sampler: chooses the active layers; the others have no gate.
+        about: the options, as they stand in a saved state.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        how: Aligning,
+        source: BatchSource,
+        *,
+        sampler: Session | None,
+        about: Mapping[str, Any],
+    ) -> None:
+        self._scene, self._how, self._sampler, self._about = scene, how, sampler, dict(about)
+        self._layers = trainable_layers(scene.model)
+        refuse_missing(scene, {n: p for layer in self._layers for n, p in layer.parameters.items()})
+        self._unit = {
+            n: self._unit_of(layer, n) for layer in self._layers for n in layer.parameters
+        }
+        self._units = {unit: k for k, unit in enumerate(dict.fromkeys(self._unit.values()))}
+        with dropout_off(scene.model):
+            self._engine = GradientEngine(
+                scene.model, precision=scene.precision, only=self._unit.keys()
+            )
+        self.target = TargetGradient(
+            self._engine,
+            self._layers,
+            source,
+            size=how.target_batch,
+            momentum=how.momentum,
+            seed=scene.seed,
+            apart=self._apart,
+        )
+        self._weighting: Weighting | None = scene.weighting
+        self._exchange = Exchange() if how.pick_scope == "global" else None
+        self._now: _Forward | None = None
+        self._expected: tuple[Tensor, tuple[str, ...]] | None = None
+        self._is_apart = False
+        self._is_checked = False
+        self._step = self._n_forwards = 0
+        self._learning_rate = 0.0
+        self._seen: dict[int, _Seen] = {}
+        self._ids: list[str] = []
+        self._cosines: list[float | None] | None = None
+        self._gates = Gates(self._layers, current=self._current, deliver=self._deliver)
+        self._arrival = scene.model.register_forward_pre_hook(self._arrive, with_kwargs=True)
+
+    @property
+    def peak_rows(self) -> int:
+        """The most elements of rows and gradients per example that were held at once."""
+        return self._gates.peak_rows
+
+    def begin_step(self, step: int) -> None:
+        """Choose the layers, and take the target gradient where it is due."""
+        if self._sampler is not None:
+            self._sampler.begin_step(step)
+        self._step, self._n_forwards, self._now = step, 0, None
+        self._seen, self._ids, self._cosines = {}, [], None
+        if self._scene.optimizer is not None:
+            self._learning_rate = float(self._scene.optimizer.param_groups[0]["lr"])
+        if self._how.form == "concat":
+            return
+        if step % self._how.refresh_every == 0 or not self.target.gradients:
+            # Kept for several steps it serves layers that are frozen in this one.
+            keeps = self._how.refresh_every > 1 or self._how.momentum > 0
+            with self._all_trainable(keeps):
+                self._cosines = self.target.refresh(step)
+
+    def expect(self, labels: Tensor, ids: Sequence[str] = ()) -> None:
+        """Hear of the labels of the coming forward pass."""
+        self._expected = labels, tuple(ids)
+
+    def end_step(self) -> dict[str, Any]:
+        """Return what the layers picked in the step just done."""
+        facts: dict[str, Any] = {} if self._sampler is None else self._sampler.end_step()
+        places = {layer.index: self._seen.get(layer.index) for layer in self._layers}
+        seen = {index: s for index, s in places.items() if s is not None and s.picked}
+        facts.setdefault("active", sorted(seen))
+        stats = {i: torch.stack(s.stats).mean(0).tolist() for i, s in seen.items()}
+        for k, key in enumerate(("alignment_mean", "alignment_std", "max_z")):
+            facts[key] = [stats[i][k] if i in stats else None for i in places]
+        facts["tokens"] = [
+            int(sum(t.sum() for t in seen[i].tokens)) if i in seen else None for i in places
+        ]
+        facts["picks"] = {
+            str(i): "".join("1" if x else "0" for x in torch.cat(s.picked).tolist())
+            for i, s in seen.items()
+        }
+        if self._ids:
+            facts["examples"] = list(self._ids)
+        if self._cosines is not None and any(c is not None for c in self._cosines):
+            facts["target_cosine"] = self._cosines
+        return facts
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what a resumed run needs: the kept target gradient, the sampler's state."""
+        facts: dict[str, Any] = {"layers": [x.name for x in self._layers], "options": self._about}
+        facts["weighting"] = self._weighting
+        tensors = {f"target.{name}": t for name, t in self.target.gradients.items()}
+        if self._how.refresh_every == 1 and not self._how.momentum:
+            tensors = {}  # the next step takes it anew
+        if self._sampler is not None:
+            own, own_tensors = self._sampler.state()
+            facts["sampler"] = own
+            tensors |= {f"sampler.{name}": t for name, t in own_tensors.items()}
+        return facts, tensors
+
+    def load_state(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on where another session stopped.
+
+        Raises:
+            IncompatibleRunError: it worked on other layers, or with other options.
+        """
+        own, _ = self.state()
+        for key in ("layers", "options"):
+            if facts.get(key) != own[key]:
+                raise IncompatibleRunError(
+                    f"the saved state has other {key}",
+                    where="training method",
+                    why=f"it has {facts.get(key)}, this run has {own[key]}",
+                    do="go on with the model and options it was saved with",
+                )
+        self._weighting = facts["weighting"]
+        device = next(self._scene.model.parameters()).device
+        self.target.gradients = {
+            name.removeprefix("target."): t.to(device)
+            for name, t in tensors.items()
+            if name.startswith("target.")
+        }
+        if self._sampler is not None:
+            theirs = {
+                name.removeprefix("sampler."): t
+                for name, t in tensors.items()
+                if name.startswith("sampler.")
+            }
+            self._sampler.load_state(facts["sampler"], theirs)
+
+    def close(self) -> None:
+        """Remove the gates and give the layers back as they came."""
+        self._gates.close()
+        self._arrival.remove()
+        if self._sampler is not None:
+            self._sampler.close()
+
+    def _unit_of(self, layer: Layer, name: str) -> str:
+        if self._how.is_shared:
+            return _ALL
+        return layer.name if self._how.granularity == "layer" else name.rpartition(".")[0]
+
+    @contextmanager
+    def _apart(self) -> Generator[None]:
+        """Run passes of our own: gates stand open, dropout is off."""
+        self._is_apart = True
+        try:
+            with dropout_off(self._scene.model):
+                yield
+        finally:
+            self._is_apart = False
+            # A cast made in our pass must not outlive it in an autocast that the loop is inside of.
+            torch.clear_autocast_cache()
+
+    @contextmanager
+    def _all_trainable(self, is_wanted: bool) -> Generator[None]:
+        """Let every layer ask for gradients, whatever the sampler froze."""
+        frozen = [
+            p
+            for layer in self._layers
+            for p in layer.parameters.values()
+            if is_wanted and not p.requires_grad
+        ]
+        for p in frozen:
+            p.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+    def _current(self) -> tuple[_Forward, int] | None:
+        if self._is_apart or self._now is None:
+            return None
+        return self._now, self._now.n
+
+    def _arrive(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_apart:
+            return
+        self._now = None
+        if not torch.is_grad_enabled():
+            return
+        batch = self._batch(args, kwargs)
+        self._check_coverage(batch)
+        self._now = now = self._forward(batch)
+        self._n_forwards += 1
+        self._ids += [id for id in batch.ids if id]
+        if self._how.form == "two_pass":
+            self._score_first(batch, now)
+        if self._weighting is None and _is_telling(now):
+            self._replay(batch, now)
+
+    def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+        """Return the batch of a forward pass.
+
+        Raises:
+            DataError: its rows are not one example each, or its labels are unknown.
+        """
+        expected, self._expected = self._expected, None
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        labels = kwargs.get("labels") if expected is None else expected[0]
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2:
+            raise DataError(
+                "the model is called without token ids",
+                where="input_ids",
+                why="picks need one row of tokens per example",
+                do="train on input_ids",
+            )
+        _refuse_packed(tokens, kwargs)
+        if labels is None:
+            raise DataError(
+                "the model is called without labels",
+                where="labels",
+                why="how long an example's answer is decides its weight in the loss",
+                do="give labels to the model, or call session.expect(labels) before",
+            )
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(tokens) if mask is None else mask
+        ids = () if expected is None else expected[1]
+        return Batch(ids or ("",) * len(tokens), tokens, mask, labels)
+
+    def _check_coverage(self, batch: Batch) -> None:
+        """Compare the rows of every parameter with autograd, once.
+
+        Raises:
+            CoverageError: a parameter of a layer has no rows that add up to its gradient.
+        """
+        if self._is_checked:
+            return
+        self._is_checked = True
+        with torch.random.fork_rng(), self._apart(), self._all_trainable(True):
+            self._engine.probe(batch)
+        if lost := sorted(self._engine.looped):
+            raise CoverageError(
+                f"{len(lost)} parameters of the layers have no gradient per example",
+                where=", ".join(lost[:3]),
+                why="no gradient kernel covers their module, or they are used in another way too",
+                do="freeze them, or train other modules",
+            )
+
+    def _forward(self, batch: Batch) -> _Forward:
+        tokens = batch.input_ids
+        n_tokens = (batch.labels[:, 1:] != NO_LOSS).sum(1)
+        n = len(tokens)
+        n_aside = self._how.target_batch if self._how.form == "concat" else 0
+        if n_aside >= n:
+            raise DataError(
+                f"a batch of {n} holds no example beside {n_aside} targets",
+                where="target_batch",
+                do="append the target rows to the training rows of every batch",
+            )
+        is_valid = n_tokens > 0
+        is_valid[n - n_aside :] = False
+        # One look at the device: what is drawn here must not make the backward pass wait.
+        keys = _keys(tokens, batch.attention_mask)
+        valid = is_valid.cpu()
+        counts, start = [n], 0
+        if self._exchange is not None:
+            counts = self._exchange.counts(n, tokens.device)
+            keys = self._exchange.rows(keys.to(tokens.device), counts).cpu()
+            valid = self._exchange.rows(is_valid.to(torch.uint8), counts).cpu().bool()
+            start = sum(counts[: rank()])
+        n_valid = int(valid.sum())
+        self._refuse_single(n_valid)
+        own = 0 if self._exchange is not None else rank()
+        rng = np.random.default_rng([self._scene.seed, self._step, self._n_forwards, own, _STREAM])
+        noise = np.empty((len(self._units), len(keys)), np.float32)
+        noise[:, np.argsort(keys.numpy(), kind="stable")] = rng.gumbel(size=noise.shape)
+        if self._how.is_same_noise:
+            noise[:] = noise[:1]
+        return _Forward(
+            n=n,
+            n_aside=n_aside,
+            n_tokens=n_tokens,
+            is_valid=is_valid,
+            noise=torch.from_numpy(noise).to(tokens.device),
+            k=_count(self._how.keep, n_valid),
+            mine=slice(start, start + n),
+            counts=counts,
+        )
+
+    def _refuse_single(self, n_valid: int) -> None:
+        # The last batch of an epoch may be short; the first one is what the user asked for.
+        if n_valid == 1 and self._step == 0 and self._how.keep != 1.0 and self._n_forwards == 0:
+            raise ConfigError(
+                "there is nothing to choose from in a batch of one example",
+                where="keep",
+                why="examples are picked within a forward pass",
+                do="raise the batch size and lower the accumulation, or set keep=1.0",
+            )
+
+    def _score_first(self, batch: Batch, now: _Forward) -> None:
+        """Two passes: measure the batch before the forward pass that trains on it."""
+
+        def add(name: str, rows: Rows) -> None:
+            unit = now.scored.setdefault(self._unit[name], _Scored())
+            self._add(unit, name, rows, ones(rows), now)
+
+        with self._apart():
+            self._engine.run(batch, add)
+
+    def _replay(self, batch: Batch, now: _Forward) -> None:
+        """Run the batch once more under each example's own mean loss, with the same dropout."""
+        last = next(x for x in reversed(self._layers) if _is_active(x))
+        found: list[tuple[float, str, Rows]] = []
+
+        def keep(name: str, rows: Rows) -> None:
+            if name in last.parameters:
+                found.append((float(rows.norm2().sum()), name, DenseRows(rows.dense())))
+                found[:] = [max(found, key=lambda x: x[0])]
+
+        self._is_apart = True
+        try:
+            with torch.random.fork_rng():
+                self._engine.run(batch, keep)
+        finally:
+            self._is_apart = False
+            torch.clear_autocast_cache()
+        now.replay = {name: rows for _, name, rows in found}
+
+    def _add(
+        self, unit: _Scored, name: str, rows: Rows, weight: Float[Tensor, " n"], now: _Forward
+    ) -> None:
+        """Add one parameter's share of alignment, norm and Gram, as if every weight were 1."""
+        inverse = torch.where(weight > 0, 1 / weight, 0.0)
+        if now.n_aside:
+            aside = torch.zeros_like(inverse)
+            aside[now.n - now.n_aside :] = inverse[now.n - now.n_aside :] / now.n_aside
+            target: Tensor | None = rows.combine(aside)
+        else:
+            target = self.target.gradients.get(name)
+        score = 0.0 if target is None else rows.dot(target.to(inverse.dtype)) * inverse
+        unit.score = unit.score + score
+        if "norm2" in self._how.needs or self._how.score == "cosine":
+            unit.norm2 = unit.norm2 + rows.norm2() * inverse.square()
+        if "gram" in self._how.needs:
+            unit.gram = unit.gram + gram(rows) * torch.outer(inverse, inverse)
+
+    def _deliver(self, layer: Layer, now: _Forward, rows: Mapping[str, Rows]) -> dict[str, Tensor]:
+        """Return a layer's gradients from the examples that it picks."""
+        if self._weighting is None:
+            self._find_weighting(now, rows)
+        like = ones(next(iter(rows.values())))
+        has_target = now.n_tokens > 0
+        # Undecided means that all examples are equally long, where both readings agree.
+        by_token = self._weighting != "example"
+        weight = now.n_tokens.to(like.dtype) if by_token else has_target.to(like.dtype)
+        gradients: dict[str, Tensor] = {}
+        by_unit: dict[str, list[str]] = {}
+        for name in rows:
+            by_unit.setdefault(self._unit[name], []).append(name)
+        for unit, names in by_unit.items():
+            scored = now.scored.get(unit)
+            if scored is None:
+                scored = _Scored()
+                for name in names:
+                    self._add(scored, name, rows[name], weight, now)
+            factor = self._pick(layer, unit, scored, weight, now)
+            gradients |= {name: rows[name].combine(factor) for name in names}
+        return gradients
+
+    def _pick(
+        self,
+        layer: Layer,
+        unit: str,
+        scored: _Scored,
+        weight: Float[Tensor, " n"],
+        now: _Forward,
+    ) -> Float[Tensor, " n"]:
+        score = torch.as_tensor(scored.score, dtype=weight.dtype, device=weight.device)
+        score = score.expand(now.n)
+        norm2 = scored.norm2 if isinstance(scored.norm2, Tensor) else None
+        if self._how.score == "cosine" and norm2 is not None:
+            score = score / norm2.sqrt().clamp_min(1e-30)
+        is_valid, trained = now.is_valid, weight * now.is_valid
+        if self._exchange is not None:
+            together = torch.stack([score, trained, is_valid.to(score.dtype)], dim=1)
+            score, trained, valid = self._exchange.rows(together, now.counts).unbind(1)
+            is_valid = valid > 0
+        alignments = Alignments(
+            score,
+            now.noise[self._units[unit]].to(score.dtype),
+            is_valid,
+            now.k,
+            float(self._how.temperature),
+            norm2,
+            scored.gram if isinstance(scored.gram, Tensor) else None,
+            self._learning_rate,
+        )
+        picked = self._how.pick(alignments)
+        factor = factors(picked, trained, self._how.aggregate, alignments)[now.mine]
+        picked = picked[now.mine]
+        seen = self._seen.setdefault(layer.index, _Seen())
+        if len(seen.picked) < self._n_forwards:
+            z = alignments.standardised()
+            seen.stats.append(torch.stack([score.mean(), score.std(correction=0), z.abs().max()]))
+            seen.picked.append(picked[: now.n - now.n_aside] > 0)
+            seen.tokens.append(now.n_tokens * (picked > 0))
+        return factor
+
+    def _find_weighting(self, now: _Forward, rows: Mapping[str, Rows]) -> None:
+        for name in now.replay.keys() & rows.keys():
+            self._weighting = detect(
+                rows[name],
+                now.replay[name],
+                now.n_tokens,
+                now.is_valid,
+                is_half=self._scene.precision != "float32",
+            )
+            now.replay = {}
+
+
+def _count(keep: float | int, n: int) -> int:
+    """Return how many of n examples are kept: a share keeps its ratio in a short batch."""
+    wanted = round(keep * n) if isinstance(keep, float) else keep
+    return min(max(1, wanted), n)
+
+
+def _is_active(layer: Layer) -> bool:
+    return any(p.requires_grad for p in layer.parameters.values())
+
+
+def _is_telling(now: _Forward) -> bool:
+    """Return whether the examples of a batch differ in length, so that weights can be told."""
+    lengths = now.n_tokens[now.is_valid]
+    return lengths.numel() > 1 and bool((lengths != lengths[0]).any())
+
+
+def _keys(tokens: Int[Tensor, "n t"], mask: Int[Tensor, "n t"]) -> Int[Tensor, " n"]:
+    """Return a number per row that depends on its real tokens only, to order a batch by."""
+    ids, is_real = tokens.cpu().numpy(), mask.cpu().numpy().astype(bool)
+    if is_real.shape != ids.shape:
+        is_real = np.ones_like(ids, bool)
+    digests = [
+        hashlib.blake2b(row[real].astype(np.int64).tobytes(), digest_size=8).digest()
+        for row, real in zip(ids, is_real, strict=True)
+    ]
+    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])
+
+
+def _refuse_packed(tokens: Tensor, kwargs: Mapping[str, Any]) -> None:
+    positions = kwargs.get("position_ids")
+    starts = 0 if positions is None else int((positions == 0).sum())
+    is_padding_free = any(kwargs.get(key) is not None for key in ("cu_seq_lens_q", "seq_idx"))
+    # Left padding repeats position 0 or 1 in front, where the mask is 0.
+    mask = kwargs.get("attention_mask")
+    if positions is not None and mask is not None and mask.shape == positions.shape:
+        starts = int(((positions == 0) & (mask > 0)).sum())
+    if is_padding_free or starts > len(tokens):
+        raise DataError(
+            "the batch is packed: one row holds several examples",
+            where="position_ids",
+            why="examples are picked one by one, and a row counts as one",
+            do="turn off packing and padding_free",
+        )
