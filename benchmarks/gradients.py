@@ -20,11 +20,12 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging as transformers_logging
 
+from selectune.adapters import add_adapter
 from selectune.data import Batch, demo_assets
 from selectune.gradients.engine import GradientEngine, example_loss
 from selectune.gradients.kernels import Rows
 from selectune.measure import Measured
-from selectune.models import add_adapter, load_base
+from selectune.models import load_base
 from selectune.recipe import AdapterSection, ModelSection
 
 N, T = 8, 128

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
+from selectune.adapters import add_adapter, load_adapter
 from selectune.data import (
     Tokens,
     collate,
@@ -45,7 +46,7 @@ from selectune.data.demo import cache_folder
 from selectune.gradients.engine import GradientEngine, precision_of
 from selectune.gradients.store import GradientStore, Target
 from selectune.measure import peak_rss
-from selectune.models import Base, add_adapter, load_adapter, load_base
+from selectune.models import Base, load_base
 from selectune.recipe import AdapterSection, ModelSection
 
 HERE = Path(__file__).parent

@@ -29,6 +29,7 @@ import torch
 from _common import Stopwatch
 from transformers.utils import logging as transformers_logging
 
+from selectune.adapters import add_adapter
 from selectune.data import (
     Tokens,
     collate,
@@ -40,7 +41,7 @@ from selectune.data import (
 from selectune.gradients.engine import GradientEngine, example_loss
 from selectune.gradients.store import GradientStore, Target
 from selectune.measure import Measured
-from selectune.models import Base, add_adapter, load_base
+from selectune.models import Base, load_base
 from selectune.recipe import AdapterSection, ModelSection
 
 ARMS = {"bare": 0, "m64": 64, "m128": 128}

@@ -3,13 +3,16 @@
 SmolLM2-135M, LoRA r 32 on q, k, v, up and down, 16 examples of 96 tokens of which the last 24 are
 targets, AdamW. Steps of all forms are interleaved; time is the median ratio of neighbouring steps
 to a plain step. `saved` counts the bytes that autograd keeps for the backward pass, each storage
-once, weights left out. Peak memory is of a process of its own for each form.
+once, weights left out. Peak memory is of a process of its own for each form, with an allocator that
+gives freed blocks back: glibc else keeps what an earlier, smaller pass has freed, and its habits
+would be measured instead of ours.
 
     python benchmarks/training.py [--quick] [--dtype bfloat16] [--forms gast,ist]
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -22,21 +25,16 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from selectune.data import Batch, demo_assets
+from selectune.adapters import add_adapter
+from selectune.data import Batch, Tokens, demo_assets
 from selectune.gradients.engine import precision_of
 from selectune.gradients.loss import target_nll
 from selectune.measure import Measured
 from selectune.models import load_base
 from selectune.recipe import AdapterSection, ModelSection
+from selectune.registry import get
 from selectune.training.method import Method, Session
 from selectune.training.sources import TokenSource
-
-try:  # adapters have a home of their own since 0.3
-    from selectune.adapters import add_adapter
-except ImportError:
-    from selectune.models import add_adapter
-from selectune.data import Tokens
-from selectune.registry import get
 
 N, T, ANSWER = 16, 96, 24
 FORMS: dict[str, tuple[str, dict[str, object]]] = {
@@ -46,7 +44,7 @@ FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "greats": ("greats", {}),
     "rst": ("rst", {"layers": 0.25}),
     "ist": ("ist", {"layers": 0.25}),
-    "ist held 10, merged": ("ist", {"layers": 0.25, "hold": 10, "merge": True}),
+    "ist held 10 merged": ("ist", {"layers": 0.25, "hold": 10, "merge": True}),
     "gast every 8 + ist": ("gast", {"refresh_every": 8, "sampler": "ist"}),
     "gast every 8 + rst": ("gast", {"refresh_every": 8, "sampler": "rst"}),
 }
@@ -136,7 +134,8 @@ def _tokens(k: int) -> Tokens:
 def peak(form: str, dtype: str) -> int:
     """Return the peak bytes of one form in a process of its own."""
     words = [sys.executable, __file__, "--arm", form, "--dtype", dtype]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout.split()[-1])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from selectune.adapters import add_adapter
 from selectune.data import Spec, Tokenized, read_examples, tokenize
 from selectune.errors import ConfigError, SelectionError
 from selectune.gradients.engine import GradientEngine, dropout_off, pool_losses
@@ -20,7 +21,7 @@ from selectune.gradients.store import GradientStore, Target
 from selectune.methods.evidence import Evidence
 from selectune.methods.rules import Budget
 from selectune.methods.rules import select as fill
-from selectune.models import add_adapter, choose_precision, load_base
+from selectune.models import choose_precision, load_base
 from selectune.progress import Silent
 from selectune.recipe import AdapterSection, ModelSection
 from selectune.registry import get

@@ -8,20 +8,23 @@ from pathlib import Path
 
 from torch import nn
 
+from selectune.adapters import add_adapter, load_tuned
 from selectune.data import Example, near_duplicates
 from selectune.evaluation import Evaluation, evaluate
 from selectune.files import KillPoint, kill_point, open_dir, staged
 from selectune.ground import Ground, digest
 from selectune.methods.rules import Budget, select, target_columns
-from selectune.models import Base, add_adapter, load_tuned
+from selectune.models import Base
+from selectune.recipe import TuneSection
+from selectune.recipe_methods import FULL
 from selectune.registry import get
 from selectune.scoring import score_pool
 from selectune.selection import Scores, Selection
 from selectune.training import TuneResult
+from selectune.training.chosen import chosen_method, fingerprint_of, reads_target
 
 SELECTED = "selected"
 BASE = "base"
-FULL = "full"  # the control that trains on every candidate
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +89,26 @@ def control_selection(ground: Ground, name: str) -> Selection:
     return choose(ground, score_pool(ground, name, {}), "")
 
 
-def tune_arm(ground: Ground, name: str, selection: Selection) -> TunedArm:
+def tune_arm(
+    ground: Ground, name: str, selection: Selection, *, tuning: TuneSection | None = None
+) -> TunedArm:
     """Train a fresh adapter on a selection, or resume, or read what is finished.
+
+    Args:
+        ground: of the run.
+        name: of the arm.
+        selection: what to train on.
+        tuning: how; None for the recipe's `tune` section.
 
     Raises:
         TrainingError: the loss is not a number, or nothing moved.
         IncompatibleRunError: the arm's folder holds other work.
     """
     recipe = ground.recipe
+    options = tuning or recipe.tune
     base = ground.base()
     model = add_adapter(base.model, recipe.adapter, seed=recipe.seed)
+    target = [t for task in ground.tasks for t in ground.tokens.targets[task]]
     # In the pool's order: equal sets train equally, whatever ranked them.
     chosen = set(selection.ids)
     items = [t for t in ground.tokens.pool if t.id in chosen]
@@ -107,10 +120,21 @@ def tune_arm(ground: Ground, name: str, selection: Selection) -> TunedArm:
             "tokens": ground.tokens.fingerprint,
         }
     )
-    everything = digest({"f": fingerprint, "t": recipe.tune.model_dump(), "s": recipe.seed})
+    # Only what the method reads: equal trainings for several tasks are one.
+    seen = fingerprint_of(target) if reads_target(chosen_method(options)) else None
+    everything = digest(
+        {"f": fingerprint, "t": options.model_dump(), "s": recipe.seed, "target": seen}
+    )
     path = ground.place("tune", f"tune/{name}", everything)
     result = ground.train(
-        base, model, items, recipe.tune, path=path, fingerprint=fingerprint, name=name
+        base,
+        model,
+        items,
+        options,
+        path=path,
+        fingerprint=fingerprint,
+        name=name,
+        target=target,
     )
     ground.costs[f"tune {name}"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
     return TunedArm(name, result.path, len(items), result)

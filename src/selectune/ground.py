@@ -22,6 +22,7 @@ from selectune.prepare import Assets, Prepared, PreparedTokens, read_data, resol
 from selectune.progress import Progress
 from selectune.recipe import Recipe, TuneSection
 from selectune.training import TuneResult, tune
+from selectune.training.chosen import chosen_method
 
 
 def digest(facts: Mapping[str, Any]) -> str:
@@ -104,19 +105,6 @@ class Ground:
         self.assets, self.prepared = other.assets, other.prepared
         self.tokenizer, self.tokens = other.tokenizer, other.tokens
 
-    def with_recipe(self, recipe: Recipe) -> "Ground":
-        """Return the same ground under a recipe that differs in how an arm is trained."""
-        other = Ground(
-            recipe,
-            self.out,
-            shared=self.shared,
-            tasks=self._tasks,
-            progress=self.progress,
-        )
-        other.borrow(self)
-        other.costs = self.costs
-        return other
-
     @property
     def dropped(self) -> dict[str, str]:
         """Pool examples that are no candidates, with the reason."""
@@ -185,6 +173,7 @@ class Ground:
         path: Path,
         fingerprint: str,
         name: str,
+        target: Sequence[Tokens] = (),
         stop_after_epochs: int | None = None,
     ) -> TuneResult:
         """Train a model on examples, resume, or read what is finished; told to the progress.
@@ -193,14 +182,16 @@ class Ground:
             base: the model's base, for its padding, device and precision.
             model: what trains.
             items: the examples.
-            options: learning rate, epochs and so on.
+            options: learning rate, epochs, training method and so on.
             path: where checkpoints and the result lie.
             fingerprint: of everything but examples and options.
             name: of the arm.
+            target: examples that stand for the task, for methods that look at them.
             stop_after_epochs: end there, whatever the schedule.
         """
         step = options.batch_size * options.accumulation
         n_steps = (stop_after_epochs or options.epochs) * -(-len(items) // step)
+        method = chosen_method(options)
         with self.progress.phase(name, n_steps, "steps") as advance:
 
             def log(line: dict[str, Any]) -> None:
@@ -224,6 +215,8 @@ class Ground:
                     fingerprint=fingerprint,
                     name=name,
                     log=log,
+                    method=method,
+                    target=target,
                     stop_after_epochs=stop_after_epochs,
                 )
 

@@ -11,19 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from selectune.arms import FULL
+from selectune import foresee
 from selectune.data import preview
+from selectune.foresee import outline, refuse_unworkable
 from selectune.ground import Ground
 from selectune.methods.rules import Budget
-from selectune.models import (
-    add_adapter,
-    blocks,
-    choose_device,
-    choose_precision,
-    load_config,
-)
+from selectune.models import blocks, choose_device, choose_precision, load_config
+from selectune.recipe_methods import FULL, PLAIN
 from selectune.registry import get
 
 _LIBRARIES_BYTES = 650 << 20  # resident after importing torch, transformers, peft and datasets
@@ -54,15 +49,17 @@ class Plan:
 
 
 def make_plan(ground: Ground) -> Plan:
-    """Return the plan of a run; weights are not read, only their shapes."""
+    """Return the plan of a run; weights are not read, only their shapes.
+
+    Raises:
+        SelectuneError: the training method cannot work with this model or these options.
+    """
     recipe = ground.recipe
     device = choose_device(recipe.model.device)
     precision = choose_precision(recipe.model.dtype, device)
     config = load_config(ground.assets.model)
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(config)
-        n_base = sum(p.numel() for p in bare.parameters())
-        model = add_adapter(bare, recipe.adapter, seed=recipe.seed)
+    model, n_base = outline(ground)
+    refuse_unworkable(ground, [recipe.tune])
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     n_trained = sum(trained.values())
     pool = ground.tokens.pool
@@ -85,11 +82,12 @@ def make_plan(ground: Ground) -> Plan:
         "heldout": {task: len(e) for task, e in ground.prepared.heldout.items()},
         "budget": n_chosen,
         "trainable": {"parameters": n_trained, "tensors": len(trained), "of": n_base},
+        "method": foresee.facts(recipe.tune),
         "memory_bytes": memory,
         "disk_bytes": _disk(ground, n_trained),
         "seconds": seconds,
     }
-    return Plan(facts, _lines(ground, facts, trained))
+    return Plan(facts, _lines(ground, facts, trained, foresee.told(ground, model)))
 
 
 def _memory(
@@ -160,7 +158,8 @@ def _seconds(
     n_runs = {"selected": n_chosen}
     n_runs |= {c: len(pool) if c == FULL else n_chosen for c in recipe.tune.controls}
     for arm, n in n_runs.items():
-        found[f"tune {arm}"] = n * recipe.tune.epochs * per_example
+        work = 1 + (0 if arm == PLAIN else foresee.extra_work(recipe.tune))
+        found[f"tune {arm}"] = n * recipe.tune.epochs * per_example * work
     answers = sum(
         max(1, len(e.options))
         for examples in ground.prepared.heldout.values()
@@ -184,7 +183,9 @@ def _products_per_second(device: torch.device, precision: str, hidden: int) -> f
     return _EFFICIENCY * 2 * a.numel() * b.shape[1] / best
 
 
-def _lines(ground: Ground, facts: Mapping[str, Any], trained: Mapping[str, int]) -> list[str]:
+def _lines(
+    ground: Ground, facts: Mapping[str, Any], trained: Mapping[str, int], method: Sequence[str]
+) -> list[str]:
     pool, trainable = facts["pool"], facts["trainable"]
     share = trainable["parameters"] / trainable["of"]
     targets = ", ".join(f"{task} {n}" for task, n in facts["targets"].items())
@@ -200,6 +201,7 @@ def _lines(ground: Ground, facts: Mapping[str, Any], trained: Mapping[str, int])
         f"{share:.2%} of {trainable['of']:,}, on {facts['device']} in {facts['precision']}",
         *(f"            {name}  {n:,}" for name, n in list(trained.items())[:3]),
         f"            and {len(trained) - 3} more" if len(trained) > 3 else "",
+        *method,
         "",
         *_table("memory", facts["memory_bytes"], 1 << 20, "MB"),
         *_table("disk", facts["disk_bytes"], 1 << 20, "MB"),

@@ -19,7 +19,7 @@ from selectune.data import (
     read_examples,
     tokenize,
 )
-from selectune.data.demo import DemoAssets
+from selectune.data.demo import COMMONSENSE, DemoAssets
 from selectune.errors import ConfigError, DataError, nearest
 from selectune.models import context_length
 from selectune.recipe import DataSection, ModelSection, Recipe
@@ -53,9 +53,15 @@ def resolve(recipe: Recipe) -> Assets:
         size = name.removeprefix(f"{DEMO}pool/")
         if not size.isdigit():
             size = ""
-        if size not in fetched:
-            fetched[size] = _demo_names(demo_assets(n_pool=int(size)) if size else demo_assets())
-        known = fetched[size]
+        is_other = name.startswith(f"{DEMO}{COMMONSENSE.name}/")
+        part = COMMONSENSE.name if is_other else size
+        if part not in fetched:
+            fetched[part] = (
+                _commonsense()
+                if is_other
+                else _demo_names(demo_assets(n_pool=int(size)) if size else demo_assets())
+            )
+        known = fetched[part]
         if size:
             name = f"{DEMO}pool"
         if name not in known:
@@ -89,13 +95,20 @@ def resolve(recipe: Recipe) -> Assets:
     )
 
 
-def _demo_names(assets: DemoAssets) -> dict[str, Path]:
+def _demo_names(assets: DemoAssets, mix: str = "") -> dict[str, Path]:
+    home = f"{DEMO}{mix}/" if mix else DEMO
     return {
-        "demo:model": assets.model,
-        "demo:pool": assets.pool,
-        **{f"demo:target/{task}": file for task, file in assets.targets.items()},
-        **{f"demo:heldout/{task}": file for task, file in assets.heldout.items()},
+        f"{DEMO}model": assets.model,
+        f"{home}pool": assets.pool,
+        **{f"{home}target/{task}": file for task, file in assets.targets.items()},
+        **{f"{home}heldout/{task}": file for task, file in assets.heldout.items()},
     }
+
+
+def _commonsense() -> dict[str, Path]:
+    # About as much as OpenBookQA has, the smallest of the tasks.
+    assets = demo_assets(n_pool=240, n_target=48, n_heldout=100, mix=COMMONSENSE)
+    return _demo_names(assets, COMMONSENSE.name)
 
 
 def _tasks(spec: str | Mapping[str, str]) -> dict[str, str]:

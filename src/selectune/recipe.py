@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from selectune import recipe_words as words
-from selectune import registry
 from selectune.errors import ConfigError, nearest
 from selectune.recipe_file import Tree, dump_yaml, read_tree
+from selectune.recipe_methods import PLAIN, unknown_methods
 
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], Field(min_length=1)]
@@ -91,23 +91,50 @@ class DataSection(Section):
 class AdapterSection(Section):
     """What is trained."""
 
-    kind: Literal["lora", "dora", "full"] = Field(
-        default="lora", description="low-rank factors (lora, dora) or the weights themselves (full)"
+    kind: Literal["lora", "dora", "series", "parallel", "prefix", "full"] = Field(
+        default="lora",
+        description="low-rank factors (lora, dora), bottleneck adapters after or beside modules "
+        "(series, parallel), virtual tokens (prefix), or the weights themselves (full)",
     )
-    rank: Count = Field(default=8, description="rank of the factors")
-    alpha: Positive = Field(default=16.0, description="factors are scaled by alpha / rank")
+    rank: Count = Field(default=8, description="lora, dora: rank of the factors")
+    alpha: Positive = Field(
+        default=16.0, description="lora, dora: factors are scaled by alpha / rank"
+    )
+    width: Count = Field(default=256, description="series, parallel: width of the bottleneck")
+    activation: Literal["tanh", "relu", "gelu", "silu"] = Field(
+        default="tanh", description="series, parallel: what bends inside the bottleneck"
+    )
+    virtual_tokens: Count = Field(
+        default=30, description="prefix: keys and values that each block sees before the text"
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
-        description="dropout before the factors while tuning; gradients are taken without",
+        description="dropout before the factors or bottleneck while tuning; gradients are taken "
+        "without",
     )
-    modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = Field(
-        default=["q_proj", "k_proj", "v_proj", "o_proj"],
-        description="names of the modules that get factors",
+    modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] | None = Field(
+        default=None,
+        description="names of the modules that get factors or adapters; null: q_proj, k_proj, "
+        "v_proj and o_proj for lora and dora, the end of each MLP for series (down_proj in a "
+        "Llama), its last two for parallel (up_proj, down_proj)",
     )
     layers: Annotated[list[int], Field(min_length=1)] | None = Field(
         default=None,
         description="kind full: which blocks are trained, negative from the end; null: all",
     )
+
+
+# What each kind reads of the section, beside `kind`.
+_FACTORS = frozenset({"rank", "alpha", "dropout", "modules"})
+_BOTTLENECK = frozenset({"width", "activation", "dropout", "modules"})
+_READ_BY = {
+    "lora": _FACTORS,
+    "dora": _FACTORS,
+    "series": _BOTTLENECK,
+    "parallel": _BOTTLENECK,
+    "prefix": frozenset({"virtual_tokens"}),
+    "full": frozenset({"layers"}),
+}
 
 
 class WarmupSection(Section):
@@ -175,11 +202,22 @@ class TuneSection(Section):
     keep_checkpoints: Count = Field(default=2, description="newest checkpoints that are kept")
     controls: list[Text] = Field(
         default=["random"],
-        description="what is tuned beside the selection: scorers at the same budget, or full",
+        description="what is tuned beside the selection: scorers at the same budget, or full, all "
+        "trained with the same method; plain is the selection itself, trained without the method",
     )
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"] = Field(
         default="adamw_torch", description="optimizer, as transformers calls it"
     )
+    method: Text = Field(
+        default=PLAIN,
+        description="training method, plain for none; `selectune methods` lists them; the warm-up "
+        "always trains plainly",
+    )
+    options: dict[str, Any] = Field(default={}, description="options of the training method")
+
+    def plainly(self) -> "TuneSection":
+        """Return the same training without a method."""
+        return self.model_copy(update={"method": PLAIN, "options": {}})
 
 
 class EvaluateSection(Section):
@@ -193,8 +231,15 @@ class EvaluateSection(Section):
     lm_eval: list[Text] = Field(default=[], description="lm-eval tasks to run too (extra: eval)")
 
 
+class TuneChoice(Section):
+    """How one row of a comparison is trained."""
+
+    method: Text = Field(description="training method, plain for none")
+    options: dict[str, Any] = Field(default={}, description="options of the training method")
+
+
 class MatrixMethod(Section):
-    """One column of a comparison, with options of its own."""
+    """One row of a comparison, with options of its own."""
 
     name: Text = Field(description="what the table calls it")
     method: Text = Field(description="scorer; `selectune methods` lists them")
@@ -203,6 +248,10 @@ class MatrixMethod(Section):
         default=None,
         description="epochs of this method alone, such as 1 for full; null: as the others",
     )
+    tune: TuneChoice | None = Field(
+        default=None,
+        description="training method of this row alone; null: tune.method, as for the others",
+    )
 
 
 class TuneGrid(Section):
@@ -210,6 +259,11 @@ class TuneGrid(Section):
 
     learning_rate: list[Positive] = Field(default=[], description="peak learning rates to try")
     epochs: list[Count] = Field(default=[], description="numbers of epochs to try")
+    choose: Literal["task", "all"] = Field(
+        default="task",
+        description="task: values, selection and training for each target task by itself; all: one "
+        "for all of them, chosen by the mean over tasks",
+    )
 
 
 class MatrixSection(Section):
@@ -306,7 +360,7 @@ def _checked(tree: Tree) -> Recipe:
         recipe = Recipe.model_validate_json(tree.to_json())
     except ValidationError as error:
         raise words.together(words.mistakes(error, Recipe, tree), tree.name) from None
-    mistakes = [*_contradictions(recipe, tree), *_unknown_methods(recipe, tree)]
+    mistakes = [*_contradictions(recipe, tree), *unknown_methods(recipe, tree)]
     if mistakes:
         raise words.together(mistakes, tree.name)
     return recipe
@@ -320,9 +374,9 @@ def _contradictions(recipe: Recipe, tree: Tree) -> list[ConfigError]:
         found.append(ConfigError(what, where=tree.where(path), why=why, do=do))
 
     adapter = recipe.adapter
-    unused = ("rank", "alpha", "dropout", "modules") if adapter.kind == "full" else ("layers",)
-    for key in unused:
-        if adapter.model_dump()[key] != AdapterSection.model_fields[key].default:
+    for key, value in adapter.model_dump(exclude={"kind"}).items():
+        is_read = key in _READ_BY[adapter.kind]
+        if not is_read and value != AdapterSection.model_fields[key].default:
             add(
                 ("adapter", key),
                 f"adapter.{key} would not be used",
@@ -358,6 +412,13 @@ def _contradictions(recipe: Recipe, tree: Tree) -> list[ConfigError]:
             "they are shares of one selection",
             "lower some of them",
         )
+    if PLAIN in recipe.tune.controls and recipe.tune.method == PLAIN:
+        add(
+            ("tune", "controls", recipe.tune.controls.index(PLAIN)),
+            f'the control "{PLAIN}" would equal the selection',
+            f"it is the selection trained without a method, and tune.method is {PLAIN}",
+            f'remove "{PLAIN}", or name a tune.method',
+        )
     tasks = recipe.data.target
     for i, name in enumerate(recipe.matrix.targets if recipe.matrix else ()):
         if isinstance(tasks, str) or name not in tasks:
@@ -370,59 +431,3 @@ def _contradictions(recipe: Recipe, tree: Tree) -> list[ConfigError]:
                 else nearest(name, tasks),
             )
     return found
-
-
-def _unknown_methods(recipe: Recipe, tree: Tree) -> list[ConfigError]:
-    """Return the method names and options that the registry does not know."""
-    found: list[ConfigError] = []
-    # This imports the method files, and with them numpy and pyarrow: not before it is needed.
-    scorers = [entry.name for entry in registry.methods("data_scorer")]
-
-    def check(path: words.Path, name: str, options: dict[str, Any] | None) -> None:
-        whole_pool = name == "full" and path[0] != "score"
-        if whole_pool and not options:
-            return
-        try:
-            if whole_pool or name not in scorers:
-                raise ConfigError(
-                    '"full" takes no options' if whole_pool else f'"{name}" is no data scorer',
-                    where=tree.where(path),
-                    why=f"known are: {', '.join(scorers)}",
-                    do='remove "options"' if whole_pool else nearest(name, scorers),
-                )
-            if options:
-                found.extend(_wrong_options(registry.get("data_scorer", name), options, path, tree))
-        except ConfigError as error:
-            found.append(error)
-
-    check(("score", "method"), recipe.score.method, recipe.score.options)
-    try:
-        registry.get("selection_rule", recipe.select.rule, where=tree.where(("select", "rule")))
-    except ConfigError as error:
-        found.append(error)
-    for i, name in enumerate(recipe.tune.controls):
-        check(("tune", "controls", i), name, None)
-    for i, method in enumerate(recipe.matrix.methods if recipe.matrix else ()):
-        if isinstance(method, str):
-            check(("matrix", "methods", i), method, None)
-        else:
-            check(("matrix", "methods", i, "method"), method.method, method.options)
-    return found
-
-
-def _wrong_options(
-    entry: registry.Entry, options: dict[str, Any], path: words.Path, tree: Tree
-) -> list[ConfigError]:
-    """Return what is wrong with the options of one method, each by its own key."""
-    home = (*path[:-1], "options")
-    try:
-        entry.parse(options, where=tree.where(home))
-    except ConfigError as whole:
-        found: list[ConfigError] = []
-        for key, value in options.items():
-            try:
-                entry.parse({key: value}, where=tree.where((*home, key)))
-            except ConfigError as error:
-                found.append(error)
-        return found or [whole]
-    return []

@@ -54,6 +54,7 @@ def type_words(annotation: object, metadata: Iterable[Any] = ()) -> str:
         has_form = any(isinstance(limit, StringConstraints) for limit in limits)
         return 'text like "20000 tokens"' if has_form else "text"
     words: dict[object, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+    words[Any] = "any value"
     return words.get(annotation, str(annotation)) + _range(limits)
 
 

@@ -1,5 +1,6 @@
 """One decorator per method family; help, docs table, error lists and test matrix come from here."""
 
+import functools
 import importlib
 import re
 import sys
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from selectune.errors import ConfigError, nearest
 
 Family = Literal["data_scorer", "selection_rule", "training_method", "row_picker"]
-Need = Literal["losses", "gradients", "norm2", "gram"]
+Need = Literal["losses", "gradients", "score", "norm2", "gram"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 Method = TypeVar("Method")
 
@@ -95,12 +96,14 @@ class Entry:
         try:
             return TypeAdapter(self.options).validate_python(options)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
+            found = error.errors()
+            first, key = found[0], found[0]["loc"][:1]
+            # A share or a number: each reading has a complaint of its own.
+            reasons = dict.fromkeys(e["msg"] for e in found if e["loc"][:1] == key)
             raise ConfigError(
-                f'option "{key}" of {self.name} cannot be {first["input"]!r}',
+                f'option "{"".join(map(str, key))}" of {self.name} cannot be {first["input"]!r}',
                 where=where,
-                why=first["msg"],
+                why="; or ".join(reasons),
                 do="correct the value; `selectune methods` lists options and defaults",
             ) from error
 
@@ -156,19 +159,41 @@ def row_picker(name: str, *, needs: set[Need] | None = None) -> Callable[[Functi
 
     Args:
         name: what `pick` calls it.
-        needs: what it reads beside the alignments: "norm2", "gram". Nothing else is computed.
+        needs: what it reads: "score", "norm2", "gram". Nothing else is computed.
     """
     return register("row_picker", name, options=NoOptions, needs=frozenset(needs or ()))
 
 
 def training_method(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Register a method that acts during training: a frozen dataclass of its options."""
+    """Register a method that acts during training: a frozen dataclass of its options.
+
+    Its options are checked where it is made, in Python as in a recipe.
+    """
 
     def add(method: type[Method]) -> type[Method]:
         register("training_method", name, options=method)(method)
+        _check_when_made(_entries["training_method"][name])
         return method
 
     return add
+
+
+def _check_when_made(entry: Entry) -> None:
+    """Let the dataclass of an entry refuse wrong options, which dataclasses by themselves do not.
+
+    `Entry.parse` makes its instances without `__init__`, so nothing is checked twice.
+    """
+    plain = entry.options.__init__
+
+    @functools.wraps(plain)
+    def checked(self: Any, *args: Any, **options: Any) -> None:  # noqa: ANN401
+        plain(self, *args, **options)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        parsed = entry.parse(given, where=entry.options.__name__)
+        for key in given:  # a frozen dataclass lets nobody else do this
+            object.__setattr__(self, key, getattr(parsed, key))
+
+    entry.options.__init__ = checked
 
 
 def methods(family: Family) -> list[Entry]:

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from selectune.adapters import adapter_fingerprint, load_tuned
 from selectune.arms import (
     BASE,
     SELECTED,
@@ -27,13 +28,15 @@ from selectune.arms import (
 from selectune.errors import ConfigError, CorruptFileError, SelectuneError
 from selectune.evaluation import Evaluation, Verdict, check_questions, verdict
 from selectune.files import KillPoint, kill_point, lock, open_dir, sweep, write_file
+from selectune.foresee import refuse_unworkable
 from selectune.ground import Ground, digest
 from selectune.measure import Measured
 from selectune.methods.rules import Budget
-from selectune.models import adapter_fingerprint, choose_device, choose_precision, load_tuned
+from selectune.models import choose_device, choose_precision
 from selectune.plan import Plan, make_plan
 from selectune.progress import Progress, Silent
 from selectune.recipe import Recipe
+from selectune.recipe_methods import PLAIN
 from selectune.record import Record, check_file, read_run
 from selectune.report import write_report
 from selectune.scoring import score_pool
@@ -131,6 +134,7 @@ class Run:
     def tune(self) -> Outcome:
         """Tune an adapter on the selection, and one per control."""
         with self._writing():
+            refuse_unworkable(self.ground, [self.recipe.tune])
             arms = self._ensure_arms()
             facts = {
                 a.name: {
@@ -175,6 +179,7 @@ class Run:
     def all(self) -> Outcome:
         """Do every step, and end with a plain verdict."""
         with self._writing():
+            refuse_unworkable(self.ground, [self.recipe.tune])
             self._refuse_unanswerable()
             selection = self._ensure_selection()
             self._ensure_arms()
@@ -229,7 +234,9 @@ class Run:
                 "model": recipe.model.model_dump(mode="json"),
                 "adapter": recipe.adapter.model_dump(mode="json"),
                 "warmup": recipe.warmup.model_dump(mode="json"),
-                "tune": recipe.tune.model_dump(mode="json", exclude={"controls"}),
+                "tune": recipe.tune.model_dump(
+                    mode="json", exclude={"controls", "method", "options"}
+                ),
                 "score": recipe.score.model_dump(mode="json"),
                 "data": [recipe.data.max_length, recipe.data.loss_on],
                 "tokens": self.ground.tokens.fingerprint,
@@ -296,14 +303,14 @@ class Run:
 
     def _tuned_arms(self) -> list[TunedArm]:
         selection = self._ensure_selection()
-        chosen = {SELECTED: selection}
-        chosen |= {name: control_selection(self.ground, name) for name in self.recipe.tune.controls}
-        arms = [tune_arm(self.ground, name, ids) for name, ids in chosen.items()]
-        lines = [
-            json.dumps({"arm": arm.name, "step": step, "loss": loss})
-            for arm in arms
-            for step, loss in arm.result.losses
-        ]
+        tuning = self.recipe.tune
+        arms = [tune_arm(self.ground, SELECTED, selection)]
+        for name in tuning.controls:
+            is_plain = name == PLAIN
+            ids = selection if is_plain else control_selection(self.ground, name)
+            how = tuning.plainly() if is_plain else tuning
+            arms.append(tune_arm(self.ground, name, ids, tuning=how))
+        lines = [line for arm in arms for line in _metrics(arm)]
         write_file(self.out / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
         facts = {
             arm.name: {
@@ -425,6 +432,15 @@ def together(by_task: Mapping[str, Evaluation]) -> Evaluation:
         tables.append(found.table.set_column(at, "id", pa.array(ids, pa.string())))
     left_out = tuple(i for found in by_task.values() for i in found.left_out)
     return Evaluation(pa.concat_tables(tables), left_out)
+
+
+def _metrics(arm: TunedArm) -> list[str]:
+    """Return one line per step: its loss, and what the training method did in it."""
+    facts = dict(arm.result.records)
+    return [
+        json.dumps({"arm": arm.name, "step": step, "loss": loss, **facts.get(step, {})})
+        for step, loss in arm.result.losses
+    ]
 
 
 def _write_scores(path: Path, scores: Scores) -> None:

@@ -10,19 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from selectune.adapters import adapter_fingerprint, add_adapter, load_adapter
 from selectune.errors import IncompatibleRunError, SelectionError
 from selectune.files import KillPoint, kill_point, open_dir, staged
 from selectune.gradients.engine import GradientEngine, pool_losses
 from selectune.gradients.store import GradientStore, StoredPool, Target
 from selectune.ground import Ground, digest
 from selectune.methods.evidence import Evidence
-from selectune.models import (
-    Base,
-    adapter_fingerprint,
-    add_adapter,
-    load_adapter,
-    trainable_fingerprint,
-)
+from selectune.models import Base, trainable_fingerprint
 from selectune.recipe import Recipe
 from selectune.registry import Entry, get
 from selectune.selection import Scores
@@ -52,7 +47,8 @@ def warmed_model(ground: Ground, base: Base) -> nn.Module:
     if recipe.warmup.epochs == 0:
         return model
     ids = warmup_ids(ground)
-    options = recipe.tune.model_copy(update={"epochs": recipe.warmup.schedule_epochs})
+    # Plainly: scores are about the examples, not about how they will be trained on.
+    options = recipe.tune.plainly().model_copy(update={"epochs": recipe.warmup.schedule_epochs})
     fingerprint = digest(
         {
             "base": base.fingerprint,

@@ -18,6 +18,8 @@ from selectune.report import (
     ReportData,
     ShownExample,
     TargetSpectrum,
+    TrainingFacts,
+    facts_of,
     parts_of,
 )
 from selectune.report import Verdict as Told
@@ -78,6 +80,7 @@ def tell(
         best=[_shown(ground, scores, selection, by_id[i]) for i in ranking[:_SHOWN]],
         worst=[_shown(ground, scores, selection, by_id[i]) for i in ranking[: -_SHOWN - 1 : -1]],
         loss_curves={arm.name: arm.result.losses for arm in arms},
+        training=_training(ground, arms),
         phases=_phases(ground, arms),
         left_out={reason: reasons.count(reason) for reason in sorted(set(reasons))},
         warnings=[*_warnings(ground, scores, selection)],
@@ -192,6 +195,14 @@ def _phases(ground: Ground, arms: Sequence[TunedArm]) -> list[Phase]:
             )
         )
     return phases
+
+
+def _training(ground: Ground, arms: Sequence[TunedArm]) -> list[TrainingFacts]:
+    """Return what the training method did in each arm; nothing for plain training."""
+    pool = ground.tokens.pool
+    n_tokens = {t.id: int(n) for t, n in zip(pool, pool.n_targets, strict=True)}
+    found = [facts_of(arm.name, arm.result.records, n_tokens) for arm in arms]
+    return [facts for facts in found if facts is not None]
 
 
 def _warnings(ground: Ground, scores: Scores, selection: Selection) -> list[str]:

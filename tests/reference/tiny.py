@@ -1,24 +1,39 @@
-"""Tiny random models of four families, and batches for them: the ground of every oracle."""
+"""Tiny random models of eight families, and batches for them: the ground of every oracle."""
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
+from selectune.adapters import add_adapter
 from selectune.data import Batch, Tokens, collate
+from selectune.recipe import AdapterSection
 
 VOCABULARY = 61
-FAMILIES = ("llama", "gpt2", "qwen2", "gemma")
-KINDS = ("full", "lora", "dora")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gptj", "opt")
+KINDS = ("full", "lora", "dora", "series", "parallel")
+# A few modules of attention and MLP, of both shapes; the names are the families' own.
+MODULES = {
+    "gpt2": ["c_attn", "c_fc"],
+    "gptj": ["q_proj", "out_proj", "fc_out"],
+    "opt": ["q_proj", "out_proj", "fc2"],
+}
 
 
 def tiny_model(family: str, seed: int = 0) -> nn.Module:
@@ -39,6 +54,38 @@ def tiny_model(family: str, seed: int = 0) -> nn.Module:
             model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
         case "qwen2":
             model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=False))
+        case "mistral":
+            model = MistralForCausalLM(MistralConfig(**shape, tie_word_embeddings=False))
+        case "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8, tie_word_embeddings=False))
+        case "opt":
+            model = OPTForCausalLM(
+                OPTConfig(
+                    vocab_size=VOCABULARY,
+                    max_position_embeddings=64,
+                    hidden_size=16,
+                    ffn_dim=24,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    word_embed_proj_dim=16,
+                    pad_token_id=0,
+                    dropout=0.0,
+                    tie_word_embeddings=False,
+                )
+            )
+        case "gptj":
+            model = GPTJForCausalLM(
+                GPTJConfig(
+                    vocab_size=VOCABULARY,
+                    n_positions=64,
+                    n_embd=16,
+                    n_layer=2,
+                    n_head=2,
+                    rotary_dim=4,
+                    bos_token_id=1,
+                    eos_token_id=1,
+                )
+            )
         case "gemma":
             model = GemmaForCausalLM(GemmaConfig(**shape, head_dim=8))
         case "gpt2":
@@ -63,24 +110,22 @@ def tiny_model(family: str, seed: int = 0) -> nn.Module:
 
 
 def tiny_trainable(family: str, kind: str, seed: int = 0) -> nn.Module:
-    """Return a tiny model of which everything, LoRA factors or DoRA factors train."""
+    """Return a tiny model of which everything or a small adapter trains, none of it zero."""
     model = tiny_model(family, seed)
     if kind == "full":
         return model
-    names = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "o_proj", "down_proj"]
-    config = LoraConfig(
-        r=3,
-        lora_alpha=6,
-        lora_dropout=0.0,
-        target_modules=names,
-        use_dora=kind == "dora",
-        fan_in_fan_out=family == "gpt2",
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, config)
-    with torch.no_grad():  # B = 0 would leave every gradient of A at zero
+    modules = MODULES.get(family, ["q_proj", "o_proj", "down_proj"])
+    match kind:
+        case "series" | "parallel":
+            section = AdapterSection(kind=kind, modules=modules, width=3)
+        case "prefix":
+            section = AdapterSection(kind=kind, virtual_tokens=3)
+        case _:
+            section = AdapterSection(kind=kind, modules=modules, rank=3, alpha=6.0)
+    adapted = add_adapter(model, section, seed=seed)
+    with torch.no_grad():  # what starts at zero would leave every gradient below it at zero
         for name, p in adapted.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "bottleneck_up" in name:
                 p.normal_(0, 0.2)
     return adapted.eval()
 

@@ -101,6 +101,56 @@ def test_heldout_examples_are_not_read_to_choose_settings(folder: Path, tmp_path
     assert [(r["task"], r["method"], r["learning_rate"]) for r in rows] == chosen
 
 
+TRAINED = """
+matrix:
+  methods:
+    - {name: picked, method: random, tune: {method: gast, options: {keep: 0.5, pick: random}}}
+    - {name: aimed, method: random, tune: {method: gast, options: {target: target}}}
+    - {name: best, method: length}
+  targets: [colours, other]
+  seeds: [0, 1]
+  tune: {learning_rate: [1e-2, 1e-5], epochs: [1], choose: all}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a grid whose rows train the same examples in other ways."""
+    home = tmp_path_factory.mktemp("trained")
+    text = (folder / "recipe.yaml").read_text().replace(MATRIX, TRAINED)
+    (home / "recipe.yaml").write_text(text.replace(f"{folder}/run", f"{home}/run"))
+    grid(home)
+    return home
+
+
+def test_rows_may_train_the_same_examples_in_other_ways(trained: Path) -> None:
+    rows = table(trained)
+    for task in ("colours", "other", "mean"):
+        mine = [r for r in rows if r["task"] == task]
+        assert [r["method"] for r in mine] == ["base", "random", "picked", "aimed", "best"]
+        losses = [r["answer_loss"] for r in mine]
+        assert len(set(losses)) == len(losses)
+        assert mine[0]["time_ratio"] is None
+        assert mine[1]["time_ratio"] == 1.0
+        assert all(float(str(r["seconds_per_step"])) > 0 for r in mine[1:])
+        assert all(r["peak_ratio"] is None for r in mine)  # of the whole process, on a CPU
+    chosen = {r["method"]: (r["learning_rate"], r["n_examples"]) for r in rows}
+    assert chosen["picked"] == chosen["random"] == (1e-2, 9)
+    mean = next(r for r in rows if r["task"] == "mean" and r["method"] == "picked")
+    assert mean["loss_vs_random"] is not None
+    assert mean["learning_rate"] == 1e-2
+
+
+def test_one_setting_and_one_training_for_all_tasks(trained: Path) -> None:
+    tried = json.loads((trained / "run/table.json").read_text())["tried"]
+    assert {tuple(t["tasks"]) for t in tried} == {("colours", "other")}
+    assert len(tried) == 4 * 2
+    # Two settings on the first seed, the better one on the other.
+    assert len(list((trained / "run/shared").glob("tune/*/adapter"))) == 4 * 3
+    records = list((trained / "run/shared").glob("tune/*/adapter/records.json"))
+    assert len(records) == 2 * 3
+
+
 def test_csv_and_markdown_hold_the_same_rows(folder: Path) -> None:
     n = len(table(folder))
     assert len((folder / "run/table.csv").read_text().splitlines()) == n + 1

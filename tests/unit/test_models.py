@@ -8,14 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from selectune.adapters import adapter_fingerprint, add_adapter, load_adapter
 from selectune.errors import ConfigError, IncompatibleRunError
-from selectune.models import (
-    adapter_fingerprint,
-    add_adapter,
-    load_adapter,
-    load_base,
-    trainable_fingerprint,
-)
+from selectune.models import load_base, trainable_fingerprint
 from selectune.recipe import AdapterSection, ModelSection
 from workspace import save_model
 

@@ -22,7 +22,11 @@ data:
   pool: pool.jsonl
   target: {csqa: target.jsonl}
 """
-GRID = SMALL + "matrix:\n  methods: [gist, {name: mine, method: gist}]\n  tune: {epochs: [1]}\n"
+GRID = (
+    SMALL
+    + "matrix:\n  methods: [gist, {name: mine, method: gist, tune: {method: gast}}]\n"
+    + "  tune: {epochs: [1]}\n"
+)
 ANY_FOLDER = [HealthCheck.function_scoped_fixture]
 
 
@@ -320,6 +324,28 @@ def test_changed_is_checked_like_a_file(tmp_path: Path) -> None:
             "matrix.methods",
             '"rnk" is no option of gist',
         ),
+        (["tune.method=gats"], "tune.method=gats", '"gats" is no training method'),
+        (["tune.method=gast", "tune.options.keap=0.5"], "tune.options.keap", '"keap" is no option'),
+        (["tune.method=gast", "tune.options.keep=1.5"], "tune.options.keep", "cannot be 1.5"),
+        (["tune.method=gast", "tune.options.pick=softmx"], "tune.options.pick", "is no row picker"),
+        (["tune.method=gast", "tune.options.target=pol"], "tune.options.target", "cannot be 'pol'"),
+        (
+            ["tune.method=gast", "tune.options.sampler=gatt"],
+            "tune.options.sampler",
+            '"gatt" is no training method',
+        ),
+        (["tune.options.keep=0.5"], "tune.options", '"plain" takes no options'),
+        (["tune.controls=[random, plain]"], "tune.controls", "would equal the selection"),
+        (
+            ["matrix.methods=[{name: a, method: random, tune: {method: gats}}]"],
+            "matrix.methods",
+            '"gats" is no training method',
+        ),
+        (
+            ["matrix.methods=[{name: a, method: random, tune: {method: gast, options: {k: 1}}}]"],
+            "matrix.methods",
+            '"k" is no option of gast',
+        ),
     ],
 )
 def test_contradictions_and_unknown_methods_are_refused(
@@ -334,6 +360,29 @@ def test_contradictions_and_unknown_methods_are_refused(
 def test_the_whole_pool_is_a_control_and_a_column(tmp_path: Path) -> None:
     recipe = load(tmp_path, SMALL, "tune.controls=[random, full]", "matrix.methods=[gist, full]")
     assert recipe.tune.controls == ["random", "full"]
+
+
+def test_a_training_method_is_named_with_its_options(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        SMALL,
+        "tune.method=gast",
+        "tune.options={keep: 0.25, pick: topk}",
+        "tune.controls=[random, plain]",
+        "matrix.methods=[{name: a, method: random, tune: {method: plain}}]",
+    )
+    assert recipe.tune.plainly() == recipe.tune.model_copy(
+        update={"method": "plain", "options": {}}
+    )
+    again = write(tmp_path, recipe.resolved_yaml(), "again.yaml")
+    assert load_recipe(again) == recipe
+
+
+def test_plain_training_waits_for_no_torch(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+    code = f"from selectune.recipe import load_recipe; load_recipe({str(path)!r})"
+    code += "; import sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # What is written

@@ -5,9 +5,23 @@ from pathlib import Path
 import pytest
 
 from selectune.errors import ConfigError
+from selectune.recipe_words import option_rows
 from selectune.registry import Entry, get, methods, register
+from selectune.training.method import Method
 
-EVERY = [*methods("data_scorer"), *methods("selection_rule")]
+EVERY = [
+    *methods("data_scorer"),
+    *methods("selection_rule"),
+    *methods("training_method"),
+]
+PICKERS = methods("row_picker")
+
+
+@pytest.mark.parametrize("entry", PICKERS, ids=lambda e: e.name)
+def test_a_row_picker_says_what_it_does(entry: Entry) -> None:
+    assert entry.summary.endswith((".", ")."))
+    assert entry.needs <= {"score", "norm2", "gram"}
+    assert entry.parse({}) == entry.options()
 
 
 @pytest.mark.parametrize("entry", EVERY, ids=lambda e: e.name)
@@ -30,6 +44,15 @@ def test_defaults_survive_being_written_out(entry: Entry) -> None:
     default = entry.options()
     plain = {f.name: getattr(default, f.name) for f in fields(entry.options)}
     assert entry.parse(plain) == default
+
+
+@pytest.mark.parametrize("entry", methods("training_method"), ids=lambda e: e.name)
+def test_a_training_method_is_its_options_and_checks_them(entry: Entry) -> None:
+    assert issubclass(entry.options, Method)
+    assert isinstance(entry.parse({}), entry.options)
+    assert all(row[3] for row in option_rows(entry.options)), "an option without a description"
+    with pytest.raises(ConfigError, match=f"no option of {entry.name}"):
+        entry.parse({"no_such_option": 1})
 
 
 def test_unknown_names_offer_the_nearest() -> None:

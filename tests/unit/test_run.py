@@ -283,6 +283,77 @@ def test_weights_with_nan_are_named_before_hours_are_lost(tmp_path: Path) -> Non
         Run(recipe, out=tmp_path / "run").score()
 
 
+def test_plan_says_what_the_training_method_will_do(tmp_path: Path) -> None:
+    path = small_recipe(tmp_path)
+    plain = Run(load_recipe(path), out=tmp_path / "run").plan()
+    recipe = load_recipe(path, ["tune.method=gast", "tune.options={keep: 0.5, target: target}"])
+    plan = Run(recipe, out=tmp_path / "run").plan()
+    text = "\n".join(plan.lines())
+    assert "method      gast: " in text
+    assert "keep 0.5, target target; 2 layers train" in text
+    assert "each layer learns from 2 of the 4 examples of a forward pass" in text
+    told = {"name": "gast", "options": {"keep": 0.5, "target": "target"}}
+    assert plan.to_json()["method"] == told
+    recipe = load_recipe(path, ["tune.method=lisa", "tune.options.layers=1"])
+    text = "\n".join(Run(recipe, out=tmp_path / "run").plan().lines())
+    assert "layers 1; 2 layers train, 1 at a time" in text
+    assert plain.to_json()["method"] is None
+    assert "method      " not in "\n".join(plain.lines())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["tune.options.keep=0.1"], "keep 0.1 of 4 examples rounds to none"),
+        (["tune.options.keep=5"], "keep 5 is more than the 4 examples"),
+        (["tune.batch_size=1"], "nothing to choose from in a batch of one"),
+        (["tune.options.form=concat"], "form=concat cannot be used in a recipe"),
+        (["tune.options.pick=greedy"], "pick=greedy needs form=two_pass"),
+        (["tune.options.sampler=gast"], "gast chooses examples, not layers"),
+        (["tune.method=lisa", "tune.options.layers=3"], "3 layers cannot be drawn of 2"),
+        (
+            ["tune.options={sampler: rst, sampler_options: {layers: 3}}"],
+            "3 layers cannot be drawn of 2",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["plan", "all", "tune"])
+def test_a_method_that_cannot_work_is_refused_before_anything_is_computed(
+    tmp_path: Path, verb: str, overrides: list[str], words: str
+) -> None:
+    recipe = load_recipe(small_recipe(tmp_path), ["tune.method=gast", *overrides])
+    run = Run(recipe, out=tmp_path / "run")
+    with pytest.raises(ConfigError, match=words):
+        {"plan": run.plan, "all": run.all, "tune": run.tune}[verb]()
+    assert not (tmp_path / "run/store").exists()
+    assert not (tmp_path / "run/warmup").exists()
+
+
+def test_the_plain_control_is_the_selection_without_the_method(tmp_path: Path) -> None:
+    more = ["tune.method=gast", "tune.options={keep: 0.5}", "tune.controls=[random, plain]"]
+    run = Run(load_recipe(small_recipe(tmp_path), more), out=tmp_path / "run")
+    run.all()
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    by_arm = {
+        arm: [line for line in lines if line["arm"] == arm]
+        for arm in ("selected", "random", "plain")
+    }
+    for line in [*by_arm["selected"], *by_arm["random"]]:
+        assert set(line["picks"]) == {"0", "1"}
+        assert len(line["picks"]["0"]) == len(line["examples"])
+    assert all(line.keys() == {"arm", "step", "loss"} for line in by_arm["plain"])
+    # A warm-up trains plainly whatever the method, so the scores are those of a plain run.
+    assert not (tmp_path / "run/warmup/adapter/records.json").exists()
+    scores = (tmp_path / "run/scores.parquet").read_bytes()
+    plain = Run(load_recipe(tmp_path / "recipe.yaml"), out=tmp_path / "plain")
+    plain.tune()
+    assert (tmp_path / "plain/scores.parquet").read_bytes() == scores
+    weights = "tune/{}/adapter/adapter_model.safetensors"
+    assert (tmp_path / "plain" / weights.format("selected")).read_bytes() == (
+        tmp_path / "run" / weights.format("plain")
+    ).read_bytes()
+
+
 def test_plan_writes_nothing_and_shows_the_mask(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     plan = Run(recipe, out=tmp_path / "run").plan()

@@ -40,6 +40,8 @@ def keys() -> Listing:
 _FAMILIES: tuple[tuple[registry.Family, str], ...] = (
     ("data_scorer", "score.method"),
     ("selection_rule", "select.rule"),
+    ("training_method", "tune.method"),
+    ("row_picker", "tune.options.pick"),
 )
 
 
@@ -62,12 +64,13 @@ def methods() -> Listing:
 
 
 def method(name: str) -> Listing:
-    """Return one method in full.
+    """Return one method in full, and those of the same name in other families.
 
     Raises:
         ConfigError: no method of that name.
     """
-    known = {e.name: e for family, _ in _FAMILIES for e in registry.methods(family)}
+    every = [(e, key) for family, key in _FAMILIES for e in registry.methods(family)]
+    known = dict.fromkeys(e.name for e, _ in every)
     if name not in known:
         raise ConfigError(
             f'"{name}" is no method',
@@ -75,16 +78,24 @@ def method(name: str) -> Listing:
             why=f"known are: {', '.join(known)}",
             do=nearest(name, known),
         )
-    entry = known[name]
+    same = [(e, key) for e, key in every if e.name == name]
+    first, *others = [_facts(e) for e, _ in same]
+    text: list[str] = []
+    for entry, place in same:
+        text += [*([""] if text else []), *_in_full(entry, place if others else "")]
+    return Listing({**first, "others": others}, tuple(text))
+
+
+def _in_full(entry: registry.Entry, place: str) -> list[str]:
     facts = _facts(entry)
-    text = [f"{entry.name}: {entry.summary}"]
+    text = [f"{entry.name}{f' ({place})' if place else ''}: {entry.summary}"]
     for key in ("paper", "cost", "fails"):
         text += _wrap(facts[key], f"  {key + ':':<7} ", 10)
     text.append("  options:" if facts["options"] else "  options: none")
     for option in facts["options"]:
-        text.append(f"    {option['key']}: {option['type']}; {option['default']}")
+        text += _wrap(f"{option['type']}; {option['default']}", f"    {option['key']}: ", 8)
         text += _wrap(option["description"], " " * 8, 8)
-    return Listing(facts, tuple(text))
+    return text
 
 
 def _wrap(text: str, first: str, indent: int) -> list[str]:

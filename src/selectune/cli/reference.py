@@ -10,6 +10,8 @@ from selectune.registry import Entry, Family, methods
 _FAMILIES: dict[Family, str] = {
     "data_scorer": "Data scorers (`score.method`)",
     "selection_rule": "Selection rules (`select.rule`)",
+    "training_method": "Training methods (`tune.method`)",
+    "row_picker": "Row pickers (`tune.options.pick`)",
 }
 
 
@@ -34,9 +36,10 @@ def reference() -> str:
 
 
 def _method(entry: Entry) -> list[str]:
-    lines = [f"### {entry.name}", "", entry.summary, ""]
+    lines = [f"### {entry.name}", "", entry.summary]
     facts = (("Paper", entry.paper), ("Cost", entry.cost), ("Fails", entry.fails))
-    lines += [f"- **{name}** {text}" for name, text in facts]
+    told = [f"- **{name}** {text}" for name, text in facts if text]
+    lines += ["", *told] if told else []
     rows = [_row(row) for row in option_rows(entry.options)]
     if rows:
         lines += ["", "| option | type | default | meaning |", "|---|---|---|---|", *rows]

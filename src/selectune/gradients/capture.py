@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from selectune.errors import CoverageError
-from selectune.gradients.kernels import Call, JointRows, Rows, kernel_for
+from selectune.gradients.kernels import Call, JointRows, Rows, folded, is_flat, kernel_for
 
 Consumer = Callable[[str, Rows], None]
 _Site = Callable[[Tensor, tuple[Tensor, ...]], None]
@@ -70,13 +70,11 @@ def tap(
     plain = [*args, *kwargs.values()]
     is_saved = [isinstance(value, Tensor) for value in plain]
     # Under autocast a matrix product saves its input in half precision; so do we.
-    half = (
-        torch.get_autocast_dtype(output.device.type)
-        if isinstance(module, nn.Linear | Conv1D) and torch.is_autocast_enabled(output.device.type)
-        else None
-    )
+    kind = output.device.type
+    half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    is_product = isinstance(module, nn.Linear | Conv1D) and half is not None
     saved = tuple(
-        v.detach().to(half) if half is not None and v.dtype == torch.float32 else v.detach()
+        v.detach().to(half) if is_product and v.dtype == torch.float32 else v.detach()
         for v in plain
         if isinstance(v, Tensor)
     )
@@ -87,9 +85,8 @@ def tap(
     def site(D: Tensor, tensors: tuple[Tensor, ...]) -> None:
         source = iter(tensors)
         values = [next(source) if keep else v for v, keep in zip(others, is_saved, strict=True)]
-        receive(
-            Call(module, tuple(values[:n_args]), dict(zip(keys, values[n_args:], strict=True)), D)
-        )
+        named = dict(zip(keys, values[n_args:], strict=True))
+        receive(Call(module, tuple(values[:n_args]), named, D, half))
 
     return _Tap.apply(output, anchor, site, *saved)  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
 
@@ -134,11 +131,13 @@ class Capture:
         self._names = {id(p): n for n, p in trainable(model).items() if n not in skipped}
         self._stack = ExitStack()
         self._anchor = torch.zeros((), requires_grad=True)
-        self._n = 0
+        self._n = self._t = 0
         self._is_backward = False
         self._calls: dict[int, int] = {}
         self._waiting: dict[int, list[Rows]] = {}
         self.declined: set[str] = set()
+        # Used without a batch axis, which was put back on trust: tokens in the batch's order.
+        self.folded: set[str] = set()
         self.seen: set[str] = set()
 
     def __enter__(self) -> "Capture":
@@ -175,7 +174,7 @@ class Capture:
                 return None
             # What checkpointing recomputes in the backward pass is the same use once more; a call
             # on something else than the batch (DoRA measures a norm with one) gives no rows.
-            if not self._is_backward and output.shape[:1] == (self._n,):
+            if not self._is_backward and self._is_batch(output):
                 for _, key in owned:
                     self._calls[key] = self._calls.get(key, 0) + 1
             if not torch.is_grad_enabled():
@@ -188,9 +187,15 @@ class Capture:
         handle: RemovableHandle = module.register_forward_hook(after_forward, with_kwargs=True)
         self._stack.callback(handle.remove)
 
+    def _is_batch(self, output: Tensor) -> bool:
+        return output.shape[:1] == (self._n,) or is_flat(output, self._n, self._t)
+
     def _receive(self, call: Call, owned: list[tuple[str, int]]) -> None:
         kernel = kernel_for(call.module)
         assert kernel is not None
+        if is_flat(call.D, self._n, self._t):
+            call = folded(call, self._n, self._t)
+            self.folded.update(self._names[key] for _, key in owned)
         for local, key in owned:
             name = self._names[key]
             rows = kernel(call, local) if call.D.shape[0] == self._n else None
@@ -202,9 +207,12 @@ class Capture:
                 self.seen.add(name)
                 self._consume(name, rows)
 
-    def expect(self, n: int) -> None:
-        """Say how many examples the coming forward pass holds."""
-        self._n = n
+    def expect(self, n: int, t: int = 0) -> None:
+        """Say how many examples the coming forward pass holds, and how many tokens each has.
+
+        Without the second, modules that are called without a batch axis are declined.
+        """
+        self._n, self._t = n, t
         self._is_backward = False
         self._calls.clear()
         self._waiting.clear()

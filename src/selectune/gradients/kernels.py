@@ -318,11 +318,33 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     D: Float[Tensor, "n ..."]  # gradient of the summed example losses at the output
+    half: torch.dtype | None = None  # of the autocast that the call stood in
 
     @property
     def input(self) -> Any:  # noqa: ANN401
         """The first argument, however it was passed."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+
+def is_flat(output: Tensor, n: int, t: int) -> bool:
+    """Tell whether a module was called on all tokens of a batch without a batch axis."""
+    return output.ndim == 2 and output.shape[0] == n * t and output.shape[0] != n
+
+
+def folded(call: Call, n: int, t: int) -> Call:
+    """Return a call on [n * t, .] rows, as OPT's MLPs make it, with the batch axis back in place.
+
+    Nothing in the shape tells in which order the tokens stand: whoever folds has to check the
+    outcome against an example by itself.
+    """
+
+    def fold(value: Any) -> Any:  # noqa: ANN401
+        is_row = isinstance(value, Tensor) and is_flat(value, n, t)
+        return value.view(n, t, value.shape[1]) if is_row else value
+
+    args = tuple(fold(value) for value in call.args)
+    kwargs = {key: fold(value) for key, value in call.kwargs.items()}
+    return Call(call.module, args, kwargs, call.D.reshape(n, t, call.D.shape[1]), call.half)
 
 
 Kernel = Callable[[Call, str], Rows | None]
@@ -397,7 +419,14 @@ def conv1d(call: Call, name: str) -> Rows | None:
 
 @gradient_kernel(nn.Embedding)
 def embedding(call: Call, name: str) -> Rows | None:
-    """Rows of nn.Embedding. `max_norm` and `scale_grad_by_freq` rewrite gradients: declined."""
+    """Rows of nn.Embedding; a class that looks up something else than its input is declined."""
+    if type(call.module).forward is not nn.Embedding.forward:
+        return None
+    return _looked_up(call, name)
+
+
+def _looked_up(call: Call, name: str) -> Rows | None:
+    """Read rows off a lookup. `max_norm` and `scale_grad_by_freq` rewrite gradients: declined."""
     module, T = call.module, call.input
     if not isinstance(module, nn.Embedding) or module.max_norm or module.scale_grad_by_freq:
         return None
@@ -411,25 +440,28 @@ def embedding(call: Call, name: str) -> Rows | None:
 def scaled_embedding(call: Call, name: str) -> Rows | None:
     """Rows of Gemma's embedding, which multiplies what it looked up by `embed_scale`."""
     scaled = exact(call.D) * exact(torch.as_tensor(call.module.embed_scale))
-    return embedding(Call(call.module, call.args, call.kwargs, scaled), name)
+    return _looked_up(Call(call.module, call.args, call.kwargs, scaled), name)
 
 
 @gradient_kernel(nn.LayerNorm, nn.RMSNorm, named="RMSNorm")
 @gradient_kernel(named="LayerNorm")
 @gradient_kernel(named="DoraLinearLayer")
 def scale_and_shift(call: Call, name: str) -> Rows | None:
-    """Rows of vectors that scale or shift the output elementwise: y = c + p * b.
+    """Rows of vectors that scale or shift the output's last axis elementwise: y = c + p * b.
 
     b = y(p = 1) - y(p = 0) with everything else as it was, so Llama's `w * x`, Gemma's
-    `(1 + w) * x`, a bias and DoRA's magnitude are one case.
+    `(1 + w) * x`, a bias, Qwen3's norm of each head and DoRA's magnitude are one case.
     """
     parameter = call.module.get_parameter(name)
-    if call.D.ndim != 3 or parameter.shape != call.D.shape[2:]:
+    if call.D.ndim < 3 or parameter.shape != call.D.shape[-1:]:
         return None
-    ends = [
-        torch.func.functional_call(
-            call.module, {name: torch.full_like(parameter, v)}, call.args, dict(call.kwargs)
-        )
-        for v in (1.0, 0.0)
-    ]
-    return DenseRows((exact(call.D) * (exact(ends[0]) - exact(ends[1]))).sum(1))
+    # DoRA's magnitude multiplies matrices on the way, of dtypes that fit under autocast only.
+    with torch.autocast(call.D.device.type, call.half, enabled=call.half is not None):
+        ends = [
+            torch.func.functional_call(
+                call.module, {name: torch.full_like(parameter, v)}, call.args, dict(call.kwargs)
+            )
+            for v in (1.0, 0.0)
+        ]
+    product = exact(call.D) * (exact(ends[0]) - exact(ends[1]))
+    return DenseRows(product.flatten(1, -2).sum(1))

@@ -5,11 +5,13 @@ reads. A forward pre-hook on the model's own head gathers the hidden states that
 token, so whatever the model does to its logits afterwards (soft-capping, scaling) stays right.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -66,10 +68,8 @@ def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int
 
     handle = None if head is None else head.register_forward_pre_hook(before_head)
     try:
-        # peft widens the input of every adapter to the factors' fp32, which autocast narrows again
-        # at once: the same numbers, and an fp32 copy of the activations per adapted module.
         is_half = torch.is_autocast_enabled(tokens.device.type)
-        with disable_input_dtype_casting(model, active=is_half):
+        with _inputs_as_they_are(model if is_half else nn.Module()):
             logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
     finally:
         if handle is not None:
@@ -91,6 +91,25 @@ def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int
     if slots.shape != is_real.shape:
         nats = nats.new_zeros(is_real.shape).masked_scatter(is_real, nats)
     return nats.view_as(is_real).sum(1), n_tokens
+
+
+@contextmanager
+def _inputs_as_they_are(model: nn.Module) -> Generator[None]:
+    """Keep peft from widening the input of every adapter to the factors' fp32.
+
+    Autocast narrows it again at once: the same numbers, and an fp32 copy of the activations per
+    adapted module. peft 0.21's own helper fails at the kinds of adapter that have no such switch.
+    """
+    switch = "cast_input_dtype_enabled"
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and switch in vars(m)]
+    before = [vars(layer)[switch] for layer in layers]
+    for layer in layers:
+        vars(layer)[switch] = False
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            vars(layer)[switch] = value
 
 
 def _head(model: nn.Module) -> nn.Module | None:

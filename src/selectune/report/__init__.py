@@ -8,11 +8,13 @@ from selectune.report.page import (
     ReportData,
     ShownExample,
     TargetSpectrum,
+    TrainingFacts,
     Verdict,
     parts_of,
     render,
     write_report,
 )
+from selectune.report.steps import facts_of
 
 __all__ = [
     "Difference",
@@ -22,7 +24,9 @@ __all__ = [
     "ReportData",
     "ShownExample",
     "TargetSpectrum",
+    "TrainingFacts",
     "Verdict",
+    "facts_of",
     "parts_of",
     "render",
     "write_report",

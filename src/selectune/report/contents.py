@@ -174,6 +174,57 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainingFacts:
+    """What a training method did in one arm, step by step.
+
+    A record holds, of "active", "importance", "alignment_mean", "alignment_std", "max_z",
+    "target_cosine", "tokens", "picks" and "examples", what applies to its step; the rest is absent.
+    Lists have one value per layer, null where the layer was not active.
+
+    Args:
+        arm: name of the arm.
+        n_layers: layers that train.
+        records: step and its facts.
+        n_tokens: target tokens of each example, by id; empty where they are not known.
+        layers: number of each layer in the model, ascending; empty for 0, 1, ..
+        note: what is missing from the records, "" for nothing.
+    """
+
+    arm: str
+    n_layers: int
+    records: Sequence[tuple[int, Mapping[str, Any]]]
+    n_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    layers: Sequence[int] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse lists of another length and layers that nobody named."""
+        if self.layers and len(self.layers) != self.n_layers:
+            raise ValueError(f"{len(self.layers)} names for {self.n_layers} layers")
+        known = set(self.layers or range(self.n_layers))
+        for step, facts in self.records:
+            for key in PER_LAYER:
+                if facts.get(key) is not None and len(facts[key]) != self.n_layers:
+                    raise ValueError(
+                        f"{key} of step {step}: {len(facts[key])} values for {self.n_layers} layers"
+                    )
+            if strange := indices_in(facts) - known:
+                raise ValueError(f"step {step} names layers {sorted(strange)} that do not train")
+            if len({len(picked) for picked in (facts.get("picks") or {}).values()}) > 1:
+                raise ValueError(f"picks of step {step}: layers saw different numbers of examples")
+
+
+PER_LAYER = (
+    "importance", "alignment_mean", "alignment_std", "max_z", "target_cosine", "tokens"
+)  # fmt: skip
+
+
+def indices_in(facts: Mapping[str, Any]) -> set[int]:
+    """Return the layers that the facts of one step name by number."""
+    return {*(facts.get("active") or ()), *map(int, facts.get("picks") or {})}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReportData:
     """Everything on the page. Empty parts are left out, and the page says what that means.
 
@@ -193,6 +244,7 @@ class ReportData:
         best: the examples with the highest scores, best first.
         worst: those with the lowest, worst first.
         loss_curves: arm to (step, training loss in nats per token).
+        training: what the training method did, one per arm; empty for plain training.
         phases: in order of time.
         left_out: pool rows that could not be chosen, reason to number.
         warnings: one sentence each.
@@ -217,6 +269,7 @@ class ReportData:
     loss_curves: Mapping[str, Sequence[tuple[int, float]]] = field(
         default_factory=dict[str, Sequence[tuple[int, float]]]
     )
+    training: Sequence[TrainingFacts] = ()
     phases: Sequence[Phase] = ()
     left_out: Mapping[str, int] = field(default_factory=dict[str, int])
     warnings: Sequence[str] = ()

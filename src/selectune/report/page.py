@@ -11,7 +11,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 
 from selectune.files import write_file
-from selectune.report import account, choice, outcome, reading
+from selectune.report import account, choice, layers, outcome, reading
 from selectune.report.contents import (
     Difference,
     Level,
@@ -20,6 +20,7 @@ from selectune.report.contents import (
     ReportData,
     ShownExample,
     TargetSpectrum,
+    TrainingFacts,
     Verdict,
     parts_of,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "ReportData",
     "ShownExample",
     "TargetSpectrum",
+    "TrainingFacts",
     "Verdict",
     "parts_of",
     "render",
@@ -67,11 +69,12 @@ def render(data: ReportData) -> str:
         "Examples": reading.examples(data),
         "Lengths": choice.lengths(data, chosen),
         "Training": account.training(data),
+        "Layers": layers.trained(data),
         "Cost": account.cost(data),
         "Warnings": account.warnings(data),
         "Run it again": account.replay(data),
     }
-    style = package_files("selectune.report").joinpath("style.css").read_text(encoding="utf-8")
+    style = _sheet("style.css") + (_sheet("layers.css") if sections["Layers"] else "")
     return "<!doctype html>\n" + tag(
         "html",
         _head(data.title, style),
@@ -87,6 +90,10 @@ def render(data: ReportData) -> str:
         ),
         lang="en",
     )
+
+
+def _sheet(name: str) -> str:
+    return package_files("selectune.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _head(title: str, style: str) -> Markup:
@@ -112,8 +119,8 @@ def _contents(sections: dict[str, Markup | None]) -> Markup:
     anchors = {
         "Evaluation": "evaluation", "Chosen": "chosen", "Scores": "scores",
         "Target space": "target", "Captured energy": "energy", "Examples": "examples",
-        "Lengths": "lengths", "Training": "training", "Cost": "cost", "Warnings": "warnings",
-        "Run it again": "replay",
+        "Lengths": "lengths", "Training": "training", "Layers": "layers", "Cost": "cost",
+        "Warnings": "warnings", "Run it again": "replay",
     }  # fmt: skip
     links = [tag("a", label, href=f"#{anchors[label]}") for label, body in sections.items() if body]
     return tag("nav", join(links), aria_label="Contents")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from selectune.data import Batch
 from selectune.data.collate import NO_LOSS
 from selectune.errors import ConfigError, CoverageError, DataError, IncompatibleRunError
+from selectune.gradients.capture import trainable
 from selectune.gradients.engine import GradientEngine, dropout_off
 from selectune.gradients.kernels import DenseRows, Rows, gram, ones
 from selectune.training.gate import Gates
@@ -40,7 +41,7 @@ class Aligning:
     Attributes:
         keep: share of each batch, or a number of examples.
         pick: says which examples one layer learns from.
-        needs: what `pick` reads beside the scores: "norm2", "gram".
+        needs: what `pick` reads: "score", "norm2", "gram"; nothing else is computed.
         score: inner product or cosine with the target gradient.
         is_shared: one pick for all layers, from scores summed over them.
         is_same_noise: every layer draws with the same noise.
@@ -86,6 +87,7 @@ class _Forward:
     scored: "dict[str, _Scored]" = field(default_factory=dict)
     # Rows of one parameter under each example's own mean loss, to find the loss's weights by.
     replay: dict[str, Rows] = field(default_factory=dict)
+    is_half: bool = False  # some of the passes runs in half precision
 
 
 @dataclass(slots=True, eq=False)
@@ -106,6 +108,7 @@ class _Seen:
     tokens: list[Tensor] = field(default_factory=list)
 
 
+_STATS = ("alignment_mean", "alignment_std", "max_z")
 _ALL = "all layers"  # the picking unit where all layers share one pick
 
 
@@ -136,6 +139,14 @@ class AlignedSession:
             n: self._unit_of(layer, n) for layer in self._layers for n in layer.parameters
         }
         self._units = {unit: k for k, unit in enumerate(dict.fromkeys(self._unit.values()))}
+        if how.form == "concat" and (outside := trainable(scene.model).keys() - self._unit.keys()):
+            raise ConfigError(
+                f"{len(outside)} parameters outside of the layers would learn from the targets",
+                where=", ".join(sorted(outside)[:3]),
+                why="with form=concat target rows are part of the batch, and no layer leaves "
+                "them out there",
+                do="freeze these parameters, or set form=separate",
+            )
         with dropout_off(scene.model):
             self._engine = GradientEngine(
                 scene.model, precision=scene.precision, only=self._unit.keys()
@@ -176,7 +187,7 @@ class AlignedSession:
         self._seen, self._ids, self._cosines = {}, [], None
         if self._scene.optimizer is not None:
             self._learning_rate = float(self._scene.optimizer.param_groups[0]["lr"])
-        if self._how.form == "concat":
+        if self._how.form == "concat" or "score" not in self._how.needs:
             return
         if step % self._how.refresh_every == 0 or not self.target.gradients:
             # Kept for several steps it serves layers that are frozen in this one.
@@ -194,8 +205,10 @@ class AlignedSession:
         places = {layer.index: self._seen.get(layer.index) for layer in self._layers}
         seen = {index: s for index, s in places.items() if s is not None and s.picked}
         facts.setdefault("active", sorted(seen))
+        if self._step == 0:
+            facts["layers"] = list(places)
         stats = {i: torch.stack(s.stats).mean(0).tolist() for i, s in seen.items()}
-        for k, key in enumerate(("alignment_mean", "alignment_std", "max_z")):
+        for k, key in enumerate(_STATS if "score" in self._how.needs else ()):
             facts[key] = [stats[i][k] if i in stats else None for i in places]
         facts["tokens"] = [
             int(sum(t.sum() for t in seen[i].tokens)) if i in seen else None for i in places
@@ -214,9 +227,8 @@ class AlignedSession:
         """Return what a resumed run needs: the kept target gradient, the sampler's state."""
         facts: dict[str, Any] = {"layers": [x.name for x in self._layers], "options": self._about}
         facts["weighting"] = self._weighting
+        # Even where the next step takes it anew: that step says how far it turned.
         tensors = {f"target.{name}": t for name, t in self.target.gradients.items()}
-        if self._how.refresh_every == 1 and not self._how.momentum:
-            tensors = {}  # the next step takes it anew
         if self._sampler is not None:
             own, own_tensors = self._sampler.state()
             facts["sampler"] = own
@@ -269,8 +281,10 @@ class AlignedSession:
     def _apart(self) -> Generator[None]:
         """Run passes of our own: gates stand open, dropout is off."""
         self._is_apart = True
+        device = next(self._scene.model.parameters()).device
         try:
-            with dropout_off(self._scene.model):
+            # The loop may be inside of an autocast, in which inner products would be rounded.
+            with dropout_off(self._scene.model), torch.autocast(device.type, enabled=False):
                 yield
         finally:
             self._is_apart = False
@@ -306,8 +320,9 @@ class AlignedSession:
         if not torch.is_grad_enabled():
             return
         batch = self._batch(args, kwargs)
-        self._check_coverage(batch)
         self._now = now = self._forward(batch)
+        batch = _with_answers(batch)
+        self._check_coverage(batch)
         self._n_forwards += 1
         self._ids += [id for id in batch.ids if id]
         if self._how.form == "two_pass":
@@ -442,20 +457,26 @@ class AlignedSession:
             self._is_apart = False
             torch.clear_autocast_cache()
         now.replay = {name: rows for _, name, rows in found}
+        now.is_half = (
+            self._scene.precision != "float32"
+            or torch.is_autocast_enabled(batch.input_ids.device.type)
+            or any(p.dtype.itemsize == 2 for p in self._scene.model.parameters())
+        )
 
     def _add(
         self, unit: _Scored, name: str, rows: Rows, weight: Float[Tensor, " n"], now: _Forward
     ) -> None:
         """Add one parameter's share of alignment, norm and Gram, as if every weight were 1."""
         inverse = torch.where(weight > 0, 1 / weight, 0.0)
-        if now.n_aside:
-            aside = torch.zeros_like(inverse)
-            aside[now.n - now.n_aside :] = inverse[now.n - now.n_aside :] / now.n_aside
-            target: Tensor | None = rows.combine(aside)
-        else:
-            target = self.target.gradients.get(name)
-        score = 0.0 if target is None else rows.dot(target.to(inverse.dtype)) * inverse
-        unit.score = unit.score + score
+        if "score" in self._how.needs:
+            if now.n_aside:
+                aside = torch.zeros_like(inverse)
+                aside[now.n - now.n_aside :] = inverse[now.n - now.n_aside :] / now.n_aside
+                target: Tensor | None = rows.combine(aside)
+            else:
+                target = self.target.gradients.get(name)
+            score = 0.0 if target is None else rows.dot(target.to(inverse.dtype)) * inverse
+            unit.score = unit.score + score
         if "norm2" in self._how.needs or self._how.score == "cosine":
             unit.norm2 = unit.norm2 + rows.norm2() * inverse.square()
         if "gram" in self._how.needs:
@@ -508,7 +529,7 @@ class AlignedSession:
             is_valid,
             now.k,
             float(self._how.temperature),
-            norm2,
+            norm2 if self._exchange is None else None,
             scored.gram if isinstance(scored.gram, Tensor) else None,
             self._learning_rate,
         )
@@ -517,8 +538,14 @@ class AlignedSession:
         picked = picked[now.mine]
         seen = self._seen.setdefault(layer.index, _Seen())
         if len(seen.picked) < self._n_forwards:
+            mean, spread = alignments.moments()
+            # A mean loss divides every gradient by the sum of weights; the first of two passes
+            # has no such loss, and with targets in the batch theirs is divided too.
+            size = torch.ones_like(mean)
+            if self._how.score == "dot" and unit not in now.scored:
+                size = weight.sum().square() if now.n_aside else trained.sum()
             z = alignments.standardised()
-            seen.stats.append(torch.stack([score.mean(), score.std(correction=0), z.abs().max()]))
+            seen.stats.append(torch.stack([mean * size, spread * size, z.abs().max()]))
             seen.picked.append(picked[: now.n - now.n_aside] > 0)
             seen.tokens.append(now.n_tokens * (picked > 0))
         return factor
@@ -530,7 +557,7 @@ class AlignedSession:
                 now.replay[name],
                 now.n_tokens,
                 now.is_valid,
-                is_half=self._scene.precision != "float32",
+                is_half=now.is_half,
             )
             now.replay = {}
 
@@ -543,6 +570,13 @@ def _count(keep: float | int, n: int) -> int:
 
 def _is_active(layer: Layer) -> bool:
     return any(p.requires_grad for p in layer.parameters.values())
+
+
+def _with_answers(batch: Batch) -> Batch:
+    """Give every example target tokens, as passes of our own need some; nobody reads theirs."""
+    is_empty = (batch.labels[:, 1:] == NO_LOSS).all(1)
+    labels = torch.where(is_empty[:, None], batch.input_ids, batch.labels)
+    return Batch(batch.ids, batch.input_ids, batch.attention_mask, labels)
 
 
 def _is_telling(now: _Forward) -> bool:

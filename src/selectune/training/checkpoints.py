@@ -4,7 +4,6 @@ transformers writes straight into `checkpoint-N` and takes the highest number fo
 save that was cut off would block every restart. Here a folder counts once its manifest stands.
 """
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -20,15 +19,23 @@ from selectune import files
 from selectune.data.tokens import Tokens
 from selectune.errors import CorruptFileError, IncompatibleRunError, StorageError
 from selectune.recipe import TuneSection
+from selectune.training.chosen import fingerprint_of, reads_target
+from selectune.training.method import Method
 
 KIND = "checkpoint"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What changes neither the weights nor the losses.
-_FREE = frozenset({"save_every", "keep_checkpoints", "controls"})
+# What changes neither weights nor losses, and the method, which has an entry of its own.
+_FREE = frozenset({"save_every", "keep_checkpoints", "controls", "method", "options"})
 
 
 def identify(
-    items: Sequence[Tokens], options: TuneSection, *, start: str, **rest: object
+    items: Sequence[Tokens],
+    options: TuneSection,
+    *,
+    start: str,
+    method: Method | None = None,
+    target: Sequence[Tokens] = (),
+    **rest: object,
 ) -> dict[str, Any]:
     """Return all that the trained weights depend on, flat, so that a difference has a name.
 
@@ -36,18 +43,20 @@ def identify(
         items: the examples, in the order they were given.
         options: how to train; what only says where to save is left out.
         start: fingerprint of the trainable weights before the first step.
+        method: acts during training; None for plain training.
+        target: the target examples, of which only some methods make use.
         rest: further entries, JSON values.
     """
-    digest = hashlib.sha256()
-    for item in items:
-        for part in (item.id.encode(), item.input_ids.tobytes(), item.is_target.tobytes()):
-            digest.update(len(part).to_bytes(8, "little") + part)
+    acting: dict[str, str] = {} if method is None else {"method": repr(method)}
+    if reads_target(method):
+        acting["target"] = fingerprint_of(target)
     tuning = options.model_dump(mode="json", exclude=set(_FREE))
     packages = ["torch", "transformers", "peft", "accelerate"]
     packages += ["trl"] if options.trainer == "trl" else []
     return {
         **rest,
-        "examples": digest.hexdigest(),
+        **acting,
+        "examples": fingerprint_of(items),
         "start": start,
         **{f"tune.{key}": value for key, value in tuning.items()},
         **{f"version.{name}": version(name) for name in packages},

@@ -12,6 +12,7 @@ before the optimizer step would come after all of these.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -26,6 +27,8 @@ from selectune.gradients.kernels import (
     JointRows,
     LinearRows,
     Rows,
+    folded,
+    is_flat,
     kernel_for,
     thin,
 )
@@ -34,6 +37,9 @@ from selectune.training.layers import Layer
 Pass = TypeVar("Pass")
 # (layer, the forward pass it belongs to, rows by parameter) -> gradient by parameter
 Deliver = Callable[[Layer, Pass, Mapping[str, Rows]], Mapping[str, Tensor]]
+
+# Where transformers keeps a block's checkpointing function, with its options.
+_CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class _Gate(torch.autograd.Function):
@@ -55,11 +61,15 @@ class _Gate(torch.autograd.Function):
 class _Visit:
     """One forward pass through one layer: how often each parameter was used, and the rows so far.
 
-    Checkpointing runs a block's forward twice; only the visit whose nodes backward reaches counts.
+    Checkpointing runs a block's forward twice. Where the block's hooks run twice too, there are two
+    visits, and the one whose nodes backward reaches counts. Where they do not, the same visit is
+    made once more.
     """
 
     def __init__(self, of: object, n: int) -> None:
-        self.of, self.n = of, n
+        self.of, self.n, self.t = of, n, 0
+        self.is_over = False  # what comes now is recomputed
+        self.is_dry = False  # checkpointing of the reentrant kind: no graph until recomputed
         self.uses: dict[str, int] = {}
         self.rows: dict[str, list[Rows]] = {}
         self.declined: set[str] = set()
@@ -85,6 +95,8 @@ class Gates(Generic[Pass]):
     ) -> None:
         self._current, self._deliver = current, deliver
         self._handles: list[RemovableHandle] = []
+        # torch runs no hook after an interrupt: what a forward pass was lent comes back by these.
+        self._undo: list[Callable[[], None]] = []
         self.peak_rows = 0  # elements of rows and dense gradients held at once, at most
         for layer in layers:
             self._install(layer)
@@ -94,9 +106,13 @@ class Gates(Generic[Pass]):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for give_back in self._undo:
+            give_back()
+        self._undo.clear()
 
     def _install(self, layer: Layer) -> None:
         visits: list[_Visit] = []  # the visit going on, if any
+        lent: list[Any] = []  # the block's own checkpointing function, during a visit
 
         def enter(
             block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -108,12 +124,16 @@ class Gates(Generic[Pass]):
                 return None
             visit = _Visit(current[0], current[1])
             visits.append(visit)
+            if (checkpoint := vars(block).get(_CHECKPOINT)) is not None:
+                lent.append(checkpoint)
+                vars(block)[_CHECKPOINT] = _revisiting(checkpoint, visit, visits)
             names = list(training)
 
             def deliver() -> list[Tensor | None]:
                 return self._open(layer, visit, training)
 
             def gated(hidden: Tensor) -> Tensor:
+                visit.t = hidden.shape[1]
                 return _Gate.apply(hidden, deliver, *(training[name] for name in names))  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
 
             for k, value in enumerate(args):
@@ -129,9 +149,19 @@ class Gates(Generic[Pass]):
                 do="use a causal LM whose decoder blocks take hidden states",
             )
 
-        def leave(*_: object) -> None:
+        def leave(block: nn.Module, *_: object) -> None:
+            for visit in visits:
+                visit.is_over = True
             visits.clear()
+            if lent:
+                vars(block)[_CHECKPOINT] = lent.pop()
 
+        def give_back() -> None:
+            visits.clear()
+            while lent:
+                vars(layer.block)[_CHECKPOINT] = lent.pop()
+
+        self._undo.append(give_back)
         handles = self._handles
         handles.append(layer.block.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(layer.block.register_forward_hook(leave, always_call=True))
@@ -153,11 +183,19 @@ class Gates(Generic[Pass]):
 
         def before(*_: object) -> None:
             # A weight that asks for no gradient spares autograd the product with the inputs.
-            held = {key: weights[key] for key in owned} if visits else {}
-            held = {key: p for key, p in held.items() if p.requires_grad}
-            lent.append(held)
-            for key, p in held.items():
-                weights[key] = p.detach()
+            held = {key: weights[key] for key in owned if weights[key].requires_grad}
+            lent.append(held if visits else {})
+            if visits:
+                for key, p in held.items():
+                    weights[key] = p.detach()
+            elif held and torch.is_grad_enabled() and self._current() is not None:
+                raise CoverageError(
+                    f"{len(held)} parameters are used outside of their layer's forward pass",
+                    where=", ".join(owned[key] for key in held),
+                    why="what the layer picks would not reach them (a prefix that all layers get "
+                    "from one place, for one)",
+                    do="freeze these parameters, or train another kind of adapter",
+                )
 
         def after(
             module: nn.Module,
@@ -165,19 +203,26 @@ class Gates(Generic[Pass]):
             kwargs: dict[str, Any],
             output: Any,  # noqa: ANN401
         ) -> Tensor | None:
-            held = lent.pop()
+            # Another hook may have raised before ours.
+            held = lent.pop() if lent else {}
             weights.update(held)
             # Without an output the forward pass has raised; a call on something else than the
             # batch (DoRA measures a norm with one) gives no rows.
             if not held or not isinstance(output, Tensor) or not output.is_floating_point():
                 return None
             visit = visits[0]
-            if output.shape[:1] != (visit.n,):
+            if output.shape[:1] != (visit.n,) and not is_flat(output, visit.n, visit.t):
                 return None
-            for key in held:
-                visit.uses[owned[key]] = visit.uses.get(owned[key], 0) + 1
+            if not torch.is_grad_enabled():
+                visit.is_dry = True
+                return None
+            if visit.is_dry or not visit.is_over:
+                for key in held:
+                    visit.uses[owned[key]] = visit.uses.get(owned[key], 0) + 1
 
             def receive(call: Call) -> None:
+                if is_flat(call.D, visit.n, visit.t):
+                    call = folded(call, visit.n, visit.t)
                 for key in held:
                     rows = kernel(call, key)
                     name = owned[key]
@@ -188,6 +233,11 @@ class Gates(Generic[Pass]):
 
             return tap(module, args, kwargs, output, receive)
 
+        def give_back() -> None:
+            while lent:
+                weights.update(lent.pop())
+
+        self._undo.append(give_back)
         self._handles.append(module.register_forward_pre_hook(before))
         self._handles.append(
             module.register_forward_hook(after, with_kwargs=True, always_call=True)
@@ -214,6 +264,26 @@ class Gates(Generic[Pass]):
         visit.rows = {}
         found = self._deliver(layer, cast("Pass", visit.of), rows)
         return [found[name].to(p.dtype) if name in found else None for name, p in training.items()]
+
+
+def _revisiting(checkpoint: "partial[Any]", visit: _Visit, visits: list[_Visit]) -> "partial[Any]":
+    """Return a checkpointing function that recomputes within the same visit.
+
+    transformers 5.24 recomputes a block's forward without the block's hooks, which would open one.
+    """
+
+    def lend(run: Callable[..., Any], *args: Any, **options: Any) -> Any:  # noqa: ANN401
+        def visited(*inner: Any) -> Any:  # noqa: ANN401
+            before = list(visits)
+            visits[:] = [visit]
+            try:
+                return run(*inner)
+            finally:
+                visits[:] = before
+
+        return checkpoint.func(visited, *args, **options)
+
+    return partial(lend, *checkpoint.args, **checkpoint.keywords)
 
 
 def _is_hidden(value: object) -> bool:

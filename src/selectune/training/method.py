@@ -24,6 +24,7 @@ from selectune.errors import ConfigError
 # tokens, as in transformers and trl), or all alike.
 Weighting = Literal["token", "example"]
 Collate = Callable[[list[Any]], Mapping[str, Any]]
+MAX_LENGTH = 512  # tokens of a target example that is given as text
 
 
 @runtime_checkable
@@ -66,7 +67,7 @@ class Scene:
     weighting: Weighting | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     collate_fn: Collate | None = None
-    max_length: int = 512
+    max_length: int = MAX_LENGTH
 
 
 @runtime_checkable

@@ -1,7 +1,7 @@
 """A training method inside transformers.Trainer and trl.SFTTrainer, through public hooks only."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,13 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selectune.errors import ConfigError, IncompatibleRunError
-from selectune.training.method import BatchSource, Method, Scene, Session, Weighting
-from selectune.training.ranks import world
-from selectune.training.sources import CollatedSource
+from selectune.errors import ConfigError, CorruptFileError, IncompatibleRunError
+from selectune.training.method import MAX_LENGTH, BatchSource, Method, Scene, Session, Weighting
+from selectune.training.sources import CollatedSource, Indexed
+from selectune.training.trainer_arguments import refuse_arguments
 
 FACTS, TENSORS = "selectune_method.json", "selectune_method.safetensors"
+# Stands on a model while a callback is at work on it.
+_MARK = "_selectune_at_work"
 
 
 class MethodCallback(TrainerCallback):
@@ -54,12 +58,29 @@ class MethodCallback(TrainerCallback):
         self.precision, self.log = precision, log
         self.session: Session | None = None
         self.records: list[tuple[int, dict[str, Any]]] = []
+        self._model: nn.Module | None = None
+        self._training: TrainerState | None = None
 
     def close(self) -> None:
         """Take the method off the model; after an exception nobody else does."""
         if self.session is not None:
             self.session.close()
             self.session = None
+        if self._model is not None:
+            vars(self._model).pop(_MARK, None)
+        self._model = self._training = None
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Free the model of what a broken training left, before an optimizer is made for it."""
+        if model is not None and (left := vars(model).get(_MARK)) is not None:
+            left.close()
 
     def on_train_begin(
         self,
@@ -75,7 +96,8 @@ class MethodCallback(TrainerCallback):
         """Hook the method onto the model, at the state of the checkpoint that is resumed."""
         assert model is not None
         self.close()
-        _refuse_arguments(args)
+        refuse_arguments(args)
+        _make_free(model, state)
         collate_fn = None if train_dataloader is None else train_dataloader.collate_fn
         pool, target = self.sources or (_pool(train_dataloader, model), None)
         scene = Scene(
@@ -89,11 +111,19 @@ class MethodCallback(TrainerCallback):
             weighting=self.weighting,
             tokenizer=processing_class,
             collate_fn=cast("Any", collate_fn),
+            # trl has a limit in its arguments, None for no limit; transformers has none.
+            max_length=vars(args).get("max_length") or MAX_LENGTH,
         )
         self.session = self.method.start(scene)
+        self._model, self._training = model, state
+        vars(model)[_MARK] = self
         self.records = []
         if state.global_step:
-            self._load(Path(cast("str", args.output_dir)) / f"checkpoint-{state.global_step}")
+            try:
+                self._load(_resumed(args, state), state)
+            except BaseException:
+                self.close()
+                raise
 
     def on_step_begin(
         self,
@@ -133,7 +163,7 @@ class MethodCallback(TrainerCallback):
         folder = Path(cast("str", args.output_dir)) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
             facts, tensors = self.session.state()
-            saved = {"method": repr(self.method), "facts": facts, "records": self.records}
+            saved = {"facts": facts, "tensors": sorted(tensors), "records": self.records}
             (folder / FACTS).write_text(json.dumps(saved), encoding="utf-8")
             if tensors:
                 plain = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
@@ -149,19 +179,65 @@ class MethodCallback(TrainerCallback):
         """Take the method off the model."""
         self.close()
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, folder: Path, state: TrainerState) -> None:
         assert self.session is not None
+        name = type(self.method).__name__
         if not (folder / FACTS).exists():
             raise IncompatibleRunError(
                 "the checkpoint holds no state of a training method",
                 where=str(folder / FACTS),
-                why=f"it was saved by a run without {type(self.method).__name__}",
-                do="resume without the method, or train from the start",
+                why=f"it was saved without {name}, or lies elsewhere than output_dir",
+                do=f"resume without {name}, or set resume_from_checkpoint in "
+                f"{TrainingArguments.__name__} to the checkpoint's folder, too",
+            )
+        there = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        # As text: a loss that is no number does not equal itself.
+        if json.dumps(there.log_history) != json.dumps(state.log_history):
+            raise IncompatibleRunError(
+                "the checkpoint that is resumed is not the one with the method's state",
+                where=str(folder),
+                why="output_dir holds another run's checkpoint of this step",
+                do=f"set resume_from_checkpoint in {TrainingArguments.__name__} to the folder "
+                "that is resumed, too",
             )
         saved = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS) if (folder / TENSORS).exists() else {}
+        path = folder / TENSORS
+        tensors = load_file(path) if path.exists() else {}
+        if sorted(tensors) != saved["tensors"]:
+            raise CorruptFileError(
+                "a training method's state is incomplete",
+                where=str(path),
+                why=f"it should hold {len(saved['tensors'])} tensors and holds {len(tensors)}",
+                do="resume an earlier checkpoint",
+            )
         self.session.load_state(saved["facts"], tensors)
         self.records = [(step, facts) for step, facts in saved["records"]]
+
+
+def _resumed(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the checkpoint's folder, which no hook of the trainers tells."""
+    if args.resume_from_checkpoint is not None and Path(args.resume_from_checkpoint).is_dir():
+        return Path(args.resume_from_checkpoint)
+    return Path(cast("str", args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _make_free(model: nn.Module, state: TrainerState) -> None:
+    """Take a method off the model that a training left there when it broke off.
+
+    Raises:
+        ConfigError: the method is at work in this very training.
+    """
+    other = vars(model).get(_MARK)
+    if other is None:
+        return
+    if other._training is state:
+        raise ConfigError(
+            "two training methods on one model",
+            where=f"callbacks, {type(other.method).__name__}",
+            why="each would act on what the other leaves, and neither would know",
+            do="give one; GAST takes a layer sampler as sampler=",
+        )
+    other.close()
 
 
 def _precision(args: TrainingArguments) -> str:
@@ -173,39 +249,5 @@ def _pool(loader: DataLoader[Any] | None, model: nn.Module) -> BatchSource | Non
     if loader is None or isinstance(loader.dataset, IterableDataset):
         return None
     device = next(model.parameters()).device
-    dataset = cast("Sequence[Any]", loader.dataset)
+    dataset = cast("Indexed", loader.dataset)
     return CollatedSource(dataset, cast("Any", loader.collate_fn), device=device)
-
-
-def _refuse_arguments(args: TrainingArguments) -> None:
-    """Check what the trainer was told.
-
-    Raises:
-        ConfigError: it cannot work with a method that chooses examples or layers.
-    """
-    asked = vars(args)
-    for key in ("packing", "padding_free", "use_liger_kernel"):
-        if asked.get(key):
-            raise ConfigError(
-                f"{key}=True cannot be used with a training method",
-                where=f"{type(args).__name__}.{key}",
-                why="a fused loss hides what layers see"
-                if key == "use_liger_kernel"
-                else "a row then holds several examples, which cannot be told apart",
-                do=f"set {key}=False",
-            )
-    if asked.get("deepspeed") or asked.get("fsdp"):
-        raise ConfigError(
-            "a training method runs under plain DDP only",
-            where=f"{type(args).__name__}.{'deepspeed' if asked.get('deepspeed') else 'fsdp'}",
-            why="sharded parameters have no gradient that a layer could deliver, and must not be "
-            "frozen after the first step",
-            do="use one process, or DDP",
-        )
-    if world() > 1 and args.ddp_find_unused_parameters is False:
-        raise ConfigError(
-            "ddp_find_unused_parameters=False cannot be used with a training method",
-            where=f"{type(args).__name__}.ddp_find_unused_parameters",
-            why="DDP would wait for the gradients of layers that are frozen in this step",
-            do="set ddp_find_unused_parameters=True",
-        )

@@ -40,18 +40,29 @@ class Alignments:
 
     def standardised(self) -> Float[Tensor, " n"]:
         """Return the scores less their mean, over their standard deviation; 0 if all are alike."""
-        valid = self.is_valid.to(self.score.dtype)
-        n = valid.sum()
+        # In units of the largest, as the loss may come at any size.
         score = self.score.where(self.is_valid, 0.0)
-        centred = (score - score.sum() / n).where(self.is_valid, 0.0)
-        spread = (centred.square().sum() / n).sqrt()
-        is_flat = spread <= _FLAT * score.abs().max()
-        return torch.where(is_flat, 0.0, centred / (spread + 1e-8))
+        score = score / score.abs().max().clamp_min(torch.finfo(score.dtype).tiny)
+        mean, spread = _moments(score, self.is_valid)
+        centred = (score - mean).where(self.is_valid, 0.0)
+        return torch.where(spread <= _FLAT, 0.0, centred / spread.clamp_min(_FLAT))
+
+    def moments(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Return mean and standard deviation of the scores."""
+        return _moments(self.score.where(self.is_valid, 0.0), self.is_valid)
 
     def largest(self, key: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return 1 at the k valid examples with the largest keys, 0 elsewhere."""
         ranked = key.where(self.is_valid, -torch.inf).topk(self.k).indices
         return torch.zeros_like(self.score).index_fill_(0, ranked, 1.0)
+
+
+def _moments(
+    score: Float[Tensor, " n"], is_valid: Bool[Tensor, " n"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    n = is_valid.sum().clamp_min(1)  # a batch without any target token
+    mean = score.sum() / n
+    return mean, ((score - mean).where(is_valid, 0.0).square().sum() / n).sqrt()
 
 
 Picker = Callable[[Alignments], Float[Tensor, " n"]]
@@ -80,7 +91,7 @@ def factors(
     match aggregate:
         case "mean":
             # With everything picked the quotient is exactly 1.
-            return picked * (weight.sum() / (picked * weight).sum())
+            return picked * (weight.sum() / (picked * weight).sum().clamp_min(1e-30))
         case "share":
             return picked
         case "unbiased":

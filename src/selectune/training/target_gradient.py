@@ -61,9 +61,14 @@ class TargetGradient:
         def add(name: str, rows: Rows) -> None:
             found[name] = total(rows).div_(self._size)
 
-        batch = self._source.draw(drawn.tolist())
-        with self._apart():
-            self._engine.run(batch, add)
+        # Fewer targets than processes leave one without any, and an example without a target
+        # token asks for nothing.
+        if drawn.size and (batch := self._source.draw(drawn.tolist())).ids:
+            with self._apart():
+                self._engine.run(batch, add)
+        for name, p in self._engine.parameters.items():  # the same ones in all processes
+            if p.requires_grad and name not in found:
+                found[name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         names = sorted(found)
         new = dict(zip(names, add_up([found[name] for name in names]), strict=True))
         cosines = [_cosine(layer.parameters, new, self.gradients) for layer in self._layers]

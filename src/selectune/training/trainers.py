@@ -19,6 +19,7 @@ from selectune.data.collate import Batch, collate
 from selectune.data.tokens import Tokens
 from selectune.errors import TrainingError
 from selectune.gradients.loss import target_nll
+from selectune.training.method_callback import MethodCallback
 from selectune.training.order import EpochBatches
 from selectune.training.weights import save_weights
 
@@ -55,9 +56,10 @@ class TransformersArm(Trainer):
         data_collator: Collate,
         callbacks: list[TrainerCallback],
         batches: EpochBatches,
+        acting: MethodCallback | None = None,
     ) -> None:
         """Build the trainer of the next class in line, then take its printing away."""
-        self.batches = batches
+        self.batches, self.acting = batches, acting
         self.is_own_loss = not has_auxiliary_loss(model)
         super().__init__(  # pyright: ignore[reportUnknownMemberType]
             model=cast("Any", model),
@@ -98,6 +100,9 @@ class TransformersArm(Trainer):
             TrainingError: the loss is not a finite number.
         """
         ids: tuple[str, ...] = inputs.pop("ids")
+        if self.acting is not None and self.acting.session is not None:
+            # The model itself is not given them: our loss reads hidden states.
+            self.acting.session.expect(inputs["labels"], ids)
         if not self.is_own_loss:
             loss = cast(
                 "Tensor",

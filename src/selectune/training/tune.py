@@ -1,12 +1,13 @@
 """Train one adapter on exactly the given tokens, and resume where a killed process stopped."""
 
+import json
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,10 @@ from selectune.models import trainable_fingerprint
 from selectune.recipe import TuneSection
 from selectune.training.callback import Interrupts, Log, Watch
 from selectune.training.checkpoints import Checkpoint, Checkpoints, identify, refuse_other
+from selectune.training.method import Method
+from selectune.training.method_callback import FACTS, TENSORS, MethodCallback
 from selectune.training.order import EpochBatches
+from selectune.training.sources import TokenSource
 from selectune.training.trainers import (
     Collate,
     TransformersArm,
@@ -32,6 +36,8 @@ from selectune.training.trainers import (
 from selectune.training.weights import load_weights, save_weights
 
 KIND = "adapter"
+Record = tuple[int, dict[str, Any]]
+_RECORDS = "records.json"
 _CHEAP_BYTES = 256 * 2**20  # a checkpoint that an interrupt may wait for: well under a second
 
 
@@ -47,6 +53,7 @@ class TuneResult:
         losses: step, counted from 1, and mean nats per target token of that step's examples.
         n_trainable: entries that could move.
         n_moved: entries that did.
+        records: step, counted from 1, and what the training method did in it; empty without one.
     """
 
     path: Path
@@ -56,6 +63,7 @@ class TuneResult:
     losses: list[tuple[int, float]]
     n_trainable: int
     n_moved: int
+    records: list[Record] = field(default_factory=list[Record])
 
 
 def tune(
@@ -71,6 +79,8 @@ def tune(
     fingerprint: str,
     name: str,
     log: Log,
+    method: Method | None = None,
+    target: Sequence[Tokens] = (),
     stop_after_epochs: int | None = None,
 ) -> TuneResult:
     """Train `model` in place; afterwards it holds the trained weights, reused results included.
@@ -91,6 +101,8 @@ def tune(
         name: of the arm, for the log.
         log: takes {"arm", "start", "n_steps"} once, {"arm", "step", "loss", "learning_rate",
             "grad_norm"} after each step, and {"arm", "warning"} where something is worth reading.
+        method: acts during training; None for plain training. `options.method` is not read.
+        target: examples that stand for the task, for methods that look at them.
         stop_after_epochs: end there although the learning rate is laid out for `options.epochs`.
 
     Raises:
@@ -109,6 +121,8 @@ def tune(
         items,
         options,
         start=trainable_fingerprint(model),
+        method=method,
+        target=target,
         fingerprint=fingerprint,
         seed=seed,
         pad_id=pad_id,
@@ -140,6 +154,18 @@ def tune(
     before = snapshot(model)
     n_trainable = sum(t.numel() for t in before.values())
     checkpoint_bytes = _checkpoint_bytes(model, n_trainable)
+    if method is not None:
+        checkpoint_bytes += 4 * n_trainable  # a gradient that it may keep
+    acting = None
+    if method is not None:
+        pool, aims = (TokenSource(x, pad_id=pad_id, device=device) for x in (items, target))
+        acting = MethodCallback(
+            method,
+            seed=seed,
+            sources=(pool, aims if aims.n else None),
+            weighting="token",
+            precision=precision,
+        )
     files.check_free_space(output, checkpoint_bytes * (options.keep_checkpoints + 2))
     interrupts = Interrupts()
     watch = Watch(
@@ -159,9 +185,11 @@ def tune(
             arguments = _arguments(
                 options, batches, output, seed, precision, device, every, stop_after_epochs
             )
-            trainer = _build(options.trainer, model, items, arguments, watch, batches, pad_id)
+            trainer = _build(
+                options.trainer, model, items, arguments, acting, watch, batches, pad_id
+            )
             path = None if start is None else str(start.path)
-            with checkpoints.written_by_others():
+            with checkpoints.written_by_others(), _closing(acting):
                 cast("Any", trainer).train(resume_from_checkpoint=path)
             state = trainer.state
         if interrupts.is_asked:
@@ -173,8 +201,12 @@ def tune(
         # step at all: it looks at a wish to stop only after one.
         log({"arm": name, "start": last_step, "n_steps": last_step})
         history, n_steps = _load(model, newest.opened), newest.step
+        # Read by itself: a fact may be no number, which `read_json` refuses.
+        saved = None if method is None else json.loads(newest.opened.read_text(FACTS))
+        records = [] if saved is None else _records(saved["records"])
     else:
         history, n_steps = train(newest)
+        records = [] if acting is None else _records(acting.records)
     n_moved = count_moved(model, before)
     if n_moved == 0:
         raise TrainingError(
@@ -191,6 +223,7 @@ def tune(
         losses=[(int(row["step"]), float(row["loss"])) for row in history if "loss" in row],
         n_trainable=n_trainable,
         n_moved=n_moved,
+        records=records,
     )
     _save(model, result, identity)
     checkpoints.finish(n_steps if n_steps == batches.n_steps * options.epochs else None)
@@ -274,6 +307,7 @@ def _build(
     model: nn.Module,
     items: Sequence[Tokens],
     arguments: TrainingArguments,
+    acting: MethodCallback | None,
     watch: Watch,
     batches: EpochBatches,
     pad_id: int,
@@ -282,8 +316,10 @@ def _build(
         "model": model,
         "args": arguments,
         "data_collator": Collate(items, pad_id),
-        "callbacks": [watch],
+        # In this order the method's files are in a checkpoint when it is sealed.
+        "callbacks": [watch] if acting is None else [acting, watch],
         "batches": batches,
+        "acting": acting,
     }
     indices = list(range(len(items)))
     if trainer != "trl":
@@ -308,6 +344,8 @@ def _save(model: nn.Module, result: TuneResult, identity: dict[str, Any]) -> Non
     with files.staged(result.path, kind=KIND, meta=meta) as stage:
         save_weights(model, stage.path)
         stage.write_json("losses.json", [list(pair) for pair in result.losses])
+        if result.records:
+            stage.write_json(_RECORDS, [list(pair) for pair in result.records])
 
 
 def _reuse(model: nn.Module, path: Path, identity: dict[str, Any]) -> TuneResult:
@@ -324,7 +362,21 @@ def _reuse(model: nn.Module, path: Path, identity: dict[str, Any]) -> TuneResult
         losses=[(step, loss) for step, loss in losses],
         n_trainable=meta["n_trainable"],
         n_moved=meta["n_moved"],
+        records=_records(opened.read_json(_RECORDS)) if _RECORDS in opened.names else [],
     )
+
+
+def _records(saved: Sequence[Sequence[Any]]) -> list[Record]:
+    return [(int(step), _plain(facts)) for step, facts in saved]
+
+
+def _plain(fact: Any) -> Any:  # noqa: ANN401
+    """Return a fact with null for what is no number: files of ours hold plain JSON."""
+    if isinstance(fact, dict):
+        return {key: _plain(value) for key, value in cast("dict[str, Any]", fact).items()}
+    if isinstance(fact, list):
+        return [_plain(value) for value in cast("list[Any]", fact)]
+    return None if isinstance(fact, float) and not math.isfinite(fact) else fact
 
 
 def _load(model: nn.Module, checkpoint: files.Opened) -> list[dict[str, Any]]:
@@ -333,8 +385,18 @@ def _load(model: nn.Module, checkpoint: files.Opened) -> list[dict[str, Any]]:
 
 
 def _load_weights(model: nn.Module, opened: files.Opened) -> None:
-    for name in (n for n in opened.names if n.endswith(".safetensors")):
+    for name in (n for n in opened.names if n.endswith(".safetensors") and n != TENSORS):
         load_weights(model, opened.read_torch(name))
+
+
+@contextmanager
+def _closing(acting: MethodCallback | None) -> Generator[None]:
+    """Take the method off the model, also where training ends by an exception."""
+    try:
+        yield
+    finally:
+        if acting is not None:
+            acting.close()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def plain(text: str) -> str:
 def test_methods_lists_every_registered_method(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     out = plain(capfd.readouterr().out)
-    for family in ("data_scorer", "selection_rule"):
+    for family in ("data_scorer", "selection_rule", "training_method", "row_picker"):
         for entry in registry.methods(family):
             assert f" {entry.name} {entry.summary}" in out
 
@@ -34,6 +34,30 @@ def test_methods_tells_one_method_in_full(capfd: pytest.CaptureFixture[str]) -> 
     assert main(["methods", "gist"]) == 0
     out = plain(capfd.readouterr().out)
     assert all(option["description"] in out for option in told["options"])
+
+
+def test_a_training_method_is_told_with_options_and_defaults(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["methods", "gast", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    defaults = {option["key"]: option["default"] for option in told["options"]}
+    assert (told["family"], defaults["keep"], defaults["pick"]) == (
+        "training_method",
+        "0.5",
+        "softmax",
+    )
+    assert told["others"] == []
+
+
+def test_a_name_of_two_families_tells_both(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "random"]) == 0
+    out = capfd.readouterr().out
+    assert "random (score.method): " in out
+    assert "random (tune.options.pick): " in out
+    assert main(["methods", "random", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert [told["family"], *(o["family"] for o in told["others"])] == ["data_scorer", "row_picker"]
 
 
 def test_methods_keys_shows_every_key_of_a_recipe(capfd: pytest.CaptureFixture[str]) -> None:

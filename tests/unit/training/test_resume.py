@@ -11,6 +11,9 @@ import pytest
 from torch import nn
 
 from selectune.errors import IncompatibleRunError
+from selectune.methods.data_layer.gast import GAST
+from selectune.methods.layers.ist import IST
+from selectune.methods.layers.lisa import LISA
 from selectune.training import TuneResult
 
 Run = Callable[..., TuneResult]
@@ -53,6 +56,63 @@ def test_a_kill_at_any_step_changes_no_byte(
         assert tree(resumed.path) == tree(unbroken.path)
         assert rows[0]["start"] == (step - 1) // 2 * 2
         assert [row["step"] for row in rows[1:]] == list(range(rows[0]["start"] + 1, 7))
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+@pytest.mark.parametrize("kind", ["gast", "sampler", "both", "ist", "lisa", "gast + ist"])
+def test_a_method_goes_on_where_it_stopped(
+    run: Run, tiny: ModuleType, trainer: str, kind: str
+) -> None:
+    methods = {
+        "gast": GAST(refresh_every=4, momentum=0.5),
+        "sampler": tiny.Flicker(),
+        "both": GAST(sampler=tiny.Flicker(), refresh_every=4),
+        "ist": IST(layers=1, interval=2),
+        "lisa": LISA(layers=1, interval=2, retire="drop"),
+        "gast + ist": GAST(sampler=IST(layers=1, interval=3), momentum=0.5),
+    }
+    given = {
+        "options": tiny.section(trainer=trainer, batch_size=2, accumulation=2),
+        "method": methods[kind],
+    }
+    unbroken = run("unbroken", **given)
+    for step in (2, 3, 4, 6):
+        with pytest.raises(Killed):
+            run(f"killed-{step}", log=kill_at(step), **given)
+        resumed = run(f"killed-{step}", **given)
+        assert resumed.losses == unbroken.losses
+        assert resumed.records == unbroken.records
+        assert tree(resumed.path) == tree(unbroken.path)
+
+
+def test_a_method_is_told_after_a_kill_behind_the_last_checkpoint(
+    run: Run, tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = run("unbroken", method=tiny.Flicker())
+
+    def die(*args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE, "save_weights", die)
+        with pytest.raises(Killed):
+            run("killed", method=tiny.Flicker())
+    resumed = run("killed", method=tiny.Flicker())
+    assert resumed.records == unbroken.records
+    assert tree(resumed.path) == tree(unbroken.path)
+
+
+def test_a_damaged_state_of_a_method_falls_back(run: Run, tiny: ModuleType, tmp_path: Path) -> None:
+    given = {"method": tiny.Flicker()}
+    unbroken = run("unbroken", **given)
+    for n, name in enumerate(("selectune_method.json", "selectune_method.safetensors")):
+        with pytest.raises(Killed):
+            run(f"killed-{n}", log=kill_at(5), **given)
+        DAMAGES["flipped"](tmp_path / f"killed-{n}" / "checkpoint-4" / name)
+        rows: list[dict[str, Any]] = []
+        resumed = run(f"killed-{n}", log=rows.append, **given)
+        assert name in rows[0]["warning"]
+        assert resumed.records == unbroken.records
 
 
 def test_a_bare_model_resumes_too(run: Run, tiny: ModuleType) -> None:

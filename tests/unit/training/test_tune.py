@@ -12,6 +12,8 @@ from torch import nn
 
 from selectune.data.tokens import Tokens
 from selectune.errors import ConfigError, DataError, IncompatibleRunError, TrainingError
+from selectune.methods.data_layer.gast import GAST
+from selectune.methods.layers.ist import IST
 from selectune.training import TuneResult
 
 Run = Callable[..., TuneResult]
@@ -191,3 +193,86 @@ def test_an_example_without_a_target_is_refused(run: Run, tiny: ModuleType) -> N
 def test_a_model_with_nothing_to_train_is_refused(run: Run, tiny: ModuleType) -> None:
     with pytest.raises(ConfigError, match="no weight"):
         run(model=tiny.tiny_llama().requires_grad_(False))
+
+
+# With a training method
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_a_method_that_takes_everything_trains_as_none_does(
+    run: Run, tiny: ModuleType, trainer: str
+) -> None:
+    options = tiny.section(trainer=trainer, batch_size=2, accumulation=2)
+    plain, acted = tiny.tiny_lora(), tiny.tiny_lora()
+    without = run("plain", plain, options=options)
+    result = run("gast", acted, options=options, method=GAST(pick="all"))
+    assert [step for step, _ in result.losses] == [step for step, _ in without.losses]
+    assert torch.allclose(
+        torch.tensor([loss for _, loss in result.losses]),
+        torch.tensor([loss for _, loss in without.losses]),
+        rtol=1e-5,
+    )
+    for (name, p), q in zip(plain.named_parameters(), acted.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-4), name  # Adam makes steps of gradients near 0
+
+
+def test_every_step_has_its_facts_and_they_are_kept(run: Run, tiny: ModuleType) -> None:
+    result = run(method=GAST(target="target"), target=tiny.tiny_items(4))
+    assert [step for step, _ in result.records] == [step for step, _ in result.losses]
+    trained = sorted(i for _, facts in result.records[:3] for i in facts["examples"])
+    assert trained == sorted(item.id for item in tiny.tiny_items())
+    for _, facts in result.records:
+        for picked in facts["picks"].values():
+            n = len(facts["examples"])
+            assert (len(picked), picked.count("1")) == (n, round(0.5 * n))
+    assert run(method=GAST(target="target"), target=tiny.tiny_items(4)) == result
+    assert (result.path / "records.json").exists()
+    assert not (run("plain").path / "records.json").exists()
+
+
+def test_a_fact_that_is_no_number_becomes_null(run: Run, tiny: ModuleType) -> None:
+    result = run(method=tiny.Flicker())
+    assert {facts["importance"][0] for _, facts in result.records} == {None}
+    assert run(method=tiny.Flicker()) == result
+
+
+@pytest.mark.parametrize("end", ["done", "raised"])
+def test_the_model_comes_back_without_the_method(run: Run, tiny: ModuleType, end: str) -> None:
+    model = tiny.tiny_lora()
+
+    def state() -> list[object]:
+        return [
+            (name, len(m._forward_pre_hooks), len(m._forward_hooks), "forward" in vars(m))
+            for name, m in model.named_modules()
+        ] + [(name, p.requires_grad) for name, p in model.named_parameters()]
+
+    before = state()
+    fails_at = 3 if end == "raised" else None
+    method = GAST(sampler=tiny.Flicker(fails_at=fails_at), refresh_every=2)
+    if end == "raised":
+        with pytest.raises(ZeroDivisionError):
+            run(model=model, method=method)
+    else:
+        assert run(model=model, method=method).n_steps == 6
+    assert state() == before
+
+
+def test_another_method_or_target_is_another_run(run: Run, tiny: ModuleType) -> None:
+    target, other = tiny.tiny_items(4), tiny.tiny_items(5)
+    run("plain")
+    with pytest.raises(IncompatibleRunError, match=r"\bmethod differ"):
+        run("plain", method=GAST())
+    run("gast", method=GAST(), target=target)
+    with pytest.raises(IncompatibleRunError, match=r"\bmethod differ"):
+        run("gast", method=GAST(keep=0.25), target=target)
+    run("gast", method=GAST(), target=other)  # which it does not look at
+    aimed = (
+        GAST(target="target"),
+        IST(layers=1, probe_from="target"),
+        GAST(sampler="ist", sampler_options={"layers": 1, "probe_from": "target"}),
+        GAST(sampler=IST(layers=1, probe_from="target")),
+    )
+    for n, method in enumerate(aimed):
+        run(f"aimed-{n}", method=method, target=target)
+        with pytest.raises(IncompatibleRunError, match=r"\btarget differ"):
+            run(f"aimed-{n}", method=method, target=other)

@@ -14,7 +14,7 @@ Fails  When the target is a few noisy examples the draw is close to chance: run 
   worse. Raw inner products prefer examples with short answers, whose gradients are long.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
@@ -117,14 +117,26 @@ def start(options: GAST, scene: Scene, *, is_shared: bool) -> AlignedSession:
             why="it compares gradients at their true size, which a loss in training hides",
             do="set form=two_pass",
         )
-    if options.pick_scope == "global" and picker.needs:
+    if options.pick_scope == "global" and "gram" in picker.needs:
         raise ConfigError(
             f"pick={options.pick} cannot pick from the examples of all processes",
             where="pick_scope",
-            why=f"it needs {', '.join(sorted(picker.needs))} of them all",
+            why="it compares every two of them, and their gradients stay where they are",
             do="set pick_scope=local",
         )
-    about = {k: v for k, v in asdict(options).items() if k not in {"target", "sampler"}}
+    if is_shared and options.form != "two_pass":
+        raise ConfigError(
+            "one pick for all layers needs form=two_pass",
+            where="form",
+            why="the first layer would have to pick before the others are known",
+            do="set form=two_pass, or pick per layer",
+        )
+    # Not by `asdict`, which copies a whole data set.
+    about = {
+        f.name: getattr(options, f.name)
+        for f in fields(options)
+        if f.name not in {"target", "sampler"}
+    }
     sampler = _sampler(options)
     about["sampler"] = None if sampler is None else repr(sampler)
     scene_weighting = scene.weighting

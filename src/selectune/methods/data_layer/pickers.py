@@ -8,7 +8,7 @@ from selectune.registry import row_picker
 from selectune.training.picks import Alignments
 
 
-@row_picker("softmax")
+@row_picker("softmax", needs={"score"})
 def softmax(alignments: Alignments) -> Float[Tensor, " n"]:
     """Draw k by odds that grow with alignment, none twice (GAST)."""
     # The k largest of log odds + Gumbel noise follow the law of drawing one after another.
@@ -27,7 +27,7 @@ def random_shared(alignments: Alignments) -> Float[Tensor, " n"]:
     return alignments.largest(alignments.noise)
 
 
-@row_picker("topk")
+@row_picker("topk", needs={"score"})
 def topk(alignments: Alignments) -> Float[Tensor, " n"]:
     """Take the k best aligned; half of the examples may never be learnt from."""
     return alignments.largest(alignments.score)
@@ -39,15 +39,16 @@ def all_examples(alignments: Alignments) -> Float[Tensor, " n"]:
     return alignments.is_valid.to(alignments.score.dtype)
 
 
-@row_picker("greedy", needs={"gram"})
+@row_picker("greedy", needs={"score", "gram"})
 def greedy(alignments: Alignments) -> Float[Tensor, " n"]:
     """Take the best aligned one by one, less what the picks so far already give (GREATS)."""
     assert alignments.gram is not None
-    rate = alignments.learning_rate
-    gain = (rate * alignments.score).where(alignments.is_valid, -torch.inf)
+    # The paper's gain over the learning rate, which is 0 in the first step of a warm-up.
+    gain = alignments.score.where(alignments.is_valid, -torch.inf)
     picked = torch.zeros_like(alignments.score)
     for _ in range(alignments.k):
         best = gain.argmax()
         picked = picked.index_fill(0, best, 1.0)
-        gain = (gain - rate**2 * alignments.gram[best]).index_fill(0, best, -torch.inf)
+        shared = alignments.learning_rate * alignments.gram[best]
+        gain = (gain - shared).index_fill(0, best, -torch.inf)
     return picked

@@ -1,0 +1,300 @@
+"""The table of a comparison: what each method reached on each task, against random and the base."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selectune.arms import BASE
+from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds
+from selectune.run import together
+
+RANDOM = "random"
+ALL_TASKS = "mean"  # the row over all tasks together
+_COLUMNS = (
+    "task",
+    "method",
+    "answer_loss",
+    "accuracy",
+    "precision",
+    "loss_vs_random",
+    "accuracy_vs_random",
+    "loss_vs_base",
+    "learning_rate",
+    "epochs",
+    "n_examples",
+    "n_seeds",
+    "seconds_per_step",
+    "time_ratio",
+    "peak_ratio",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One trained method on one task and seed.
+
+    Args:
+        answers: to the held-out questions.
+        precision: see `Row`.
+        n_examples: trained on.
+        learning_rate: as used.
+        epochs: as used.
+        seconds_per_step: training time by optimizer steps.
+        peak_bytes: on an accelerator; None on a CPU, where only the whole process is measured.
+    """
+
+    answers: Evaluation
+    precision: float | None
+    n_examples: int
+    learning_rate: float
+    epochs: int
+    seconds_per_step: float
+    peak_bytes: int | None
+
+
+Cells = Mapping[tuple[str, str, int], Cell]  # by task, method and seed
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method on one task, over all seeds.
+
+    Args:
+        task: the target task, or "mean" for all of them together.
+        method: its name in the table.
+        answer_loss: nats per token of the right answer, held-out, mean over seeds.
+        accuracy: share of held-out questions, length-normalised; None without options.
+        precision: share of the selection that comes from the target's own source; None where the
+            pool has no such source.
+        loss_vs_random: answer loss less that of random, paired by example and seed.
+        accuracy_vs_random: the same for accuracy.
+        loss_vs_base: the same against the untouched base.
+        learning_rate: as used.
+        epochs: as used.
+        n_examples: trained on.
+        n_seeds: behind the numbers.
+        per_seed: answer loss of each seed, in the order of `matrix.seeds`.
+        seconds_per_step: of training, mean over seeds; None for the base.
+        time_ratio: the same by that of random.
+        peak_ratio: memory in training by that of random; None on a CPU.
+    """
+
+    task: str
+    method: str
+    answer_loss: float
+    accuracy: float | None
+    precision: float | None
+    loss_vs_random: Interval | None
+    accuracy_vs_random: Interval | None
+    loss_vs_base: Interval | None
+    learning_rate: float | None
+    epochs: int | None
+    n_examples: int
+    n_seeds: int
+    per_seed: tuple[float, ...]
+    seconds_per_step: float | None = None
+    time_ratio: float | None = None
+    peak_ratio: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        return {k: v.to_json() if isinstance(v, Interval) else v for k, v in plain.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonTable:
+    """The result of a grid.
+
+    Args:
+        rows: by task, then by method.
+        out: where `table.json`, `table.csv` and `table.md` lie.
+        costs: seconds of each shared piece, by seed and step.
+        tried: answer loss on the targets held aside, by method, tasks and setting.
+    """
+
+    rows: tuple[Row, ...]
+    out: Path
+    costs: Mapping[str, Any]
+    tried: Sequence[Mapping[str, Any]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        rows = [row.to_json() for row in self.rows]
+        return {"rows": rows, "costs": dict(self.costs), "tried": [dict(t) for t in self.tried]}
+
+    def lines(self) -> list[str]:
+        """Return it as a Markdown table, widths aligned."""
+        head = (
+            "task", "method", "answer loss", "accuracy", "precision", "loss - random [95 %]",
+            "accuracy - random [95 %]", "loss - base [95 %]", "lr", "epochs", "s / step",
+            "time / random", "peak / random",
+        )  # fmt: skip
+        body = [
+            (
+                row.task,
+                row.method,
+                f"{row.answer_loss:.3f}",
+                "-" if row.accuracy is None else f"{row.accuracy:.3f}",
+                "-" if row.precision is None else f"{row.precision:.2f}",
+                _told(row.loss_vs_random),
+                _told(row.accuracy_vs_random),
+                _told(row.loss_vs_base),
+                "-" if row.learning_rate is None else f"{row.learning_rate:g}",
+                "-" if row.epochs is None else str(row.epochs),
+                _short(row.seconds_per_step),
+                _short(row.time_ratio),
+                _short(row.peak_ratio),
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[k]) for line in (head, *body)) for k in range(len(head))]
+        table = [_markdown(line, widths) for line in (head, tuple("-" * w for w in widths), *body)]
+        return [*table, "", f"table: {self.out / 'table.md'}, {self.out / 'table.json'}"]
+
+    def to_csv(self) -> str:
+        """Return it as CSV, an interval as three columns."""
+        sink = io.StringIO()
+        writer = csv.writer(sink, lineterminator="\n")
+        names: list[str] = []
+        for name in _COLUMNS:
+            is_interval = "_vs_" in name
+            names += [name, f"{name}_low", f"{name}_high"] if is_interval else [name]
+        writer.writerow(names)
+        for row in self.rows:
+            cells: list[Any] = []
+            for name in _COLUMNS:
+                value = getattr(row, name)
+                if "_vs_" not in name:
+                    cells.append(value)
+                elif value is None:
+                    cells += ["", "", ""]
+                else:
+                    cells += [value.mean_difference, value.low, value.high]
+            writer.writerow(cells)
+        return sink.getvalue()
+
+
+def make_rows(
+    cells: Cells,
+    bases: Mapping[str, Evaluation],
+    *,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    n_boot: int,
+) -> tuple[Row, ...]:
+    """Return the rows of a table, by task and then by method.
+
+    Args:
+        cells: what was trained; `RANDOM` is among the methods.
+        bases: the base's answers, by task.
+        methods: in the table's order.
+        seeds: of the cells.
+        n_boot: draws behind an interval.
+    """
+    groups = [(task, [task], bases[task]) for task in bases]
+    if len(bases) > 1:
+        groups.append((ALL_TASKS, list(bases), together(bases)))
+    rows: list[Row] = []
+    for name, tasks, base in groups:
+        rows.append(_base_row(name, base))
+        for method in methods:
+            mine, random = (_answers(cells, tasks, m, seeds) for m in (method, RANDOM))
+            row = _row(name, method, mine, random, base, n_boot)
+            rows.append(_with_facts(row, cells, tasks, seeds))
+    return tuple(rows)
+
+
+def _answers(
+    cells: Cells, tasks: Sequence[str], method: str, seeds: Sequence[int]
+) -> list[Evaluation]:
+    if len(tasks) == 1:
+        return [cells[tasks[0], method, seed].answers for seed in seeds]
+    return [together({t: cells[t, method, seed].answers for t in tasks}) for seed in seeds]
+
+
+def _with_facts(row: Row, cells: Cells, tasks: Sequence[str], seeds: Sequence[int]) -> Row:
+    """Return a row with what was trained and at what price, where its tasks agree on it."""
+    mine = [cells[task, row.method, seed] for task in tasks for seed in seeds]
+    random = [cells[task, RANDOM, seed] for task in tasks for seed in seeds]
+    # Of the first seed: how many examples a budget buys may differ by seed.
+    first = [cells[task, row.method, seeds[0]] for task in tasks]
+    rates, epochs = {c.learning_rate for c in first}, {c.epochs for c in first}
+    sizes = {c.n_examples for c in first}
+    precisions = [c.precision for c in mine if c.precision is not None]
+    peaks, usual = ([c.peak_bytes for c in group if c.peak_bytes] for group in (mine, random))
+    seconds, usual_seconds = (
+        float(np.mean([c.seconds_per_step for c in group])) for group in (mine, random)
+    )
+    return replace(
+        row,
+        precision=float(np.mean(precisions)) if precisions and len(tasks) == 1 else None,
+        learning_rate=rates.pop() if len(rates) == 1 else None,
+        epochs=epochs.pop() if len(epochs) == 1 else None,
+        n_examples=sizes.pop() if len(sizes) == 1 else 0,
+        seconds_per_step=seconds,
+        time_ratio=seconds / usual_seconds,
+        peak_ratio=max(peaks) / max(usual) if peaks and usual else None,
+    )
+
+
+def _base_row(task: str, base: Evaluation) -> Row:
+    return Row(
+        task, BASE, base.answer_loss, base.accuracy, None, None, None, None, None, None, 0, 1,
+        (base.answer_loss,),
+    )  # fmt: skip
+
+
+def _row(
+    task: str,
+    name: str,
+    mine: Sequence[Evaluation],
+    random: Sequence[Evaluation],
+    base: Evaluation,
+    n_boot: int,
+) -> Row:
+    accuracies = [e.accuracy for e in mine]
+    has_options = all(a is not None for a in accuracies)
+
+    def against(others: Sequence[Evaluation], metric: Metric) -> Interval:
+        pairs = list(zip(mine, others, strict=True))
+        return compare_seeds(pairs, n_boot=n_boot, metric=metric)
+
+    losses = tuple(e.answer_loss for e in mine)
+    return Row(
+        task=task,
+        method=name,
+        answer_loss=float(np.mean(losses)),
+        accuracy=float(np.mean([a for a in accuracies if a is not None])) if has_options else None,
+        precision=None,
+        loss_vs_random=None if name == RANDOM else against(random, "answer_loss"),
+        accuracy_vs_random=against(random, "correct_norm")
+        if has_options and name != RANDOM
+        else None,
+        loss_vs_base=against([base] * len(mine), "answer_loss"),
+        learning_rate=None,
+        epochs=None,
+        n_examples=0,
+        n_seeds=len(mine),
+        per_seed=losses,
+    )
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _told(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    mean, low, high = interval.mean_difference, interval.low, interval.high
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _markdown(line: Sequence[str], widths: Sequence[int]) -> str:
+    return "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"

@@ -1,0 +1,157 @@
+"""What a training method will do to a model, and whether it can, told before weights are loaded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from selectune.adapters import add_adapter
+from selectune.errors import ConfigError
+from selectune.ground import Ground
+from selectune.methods.data_layer.gast import GAST
+from selectune.models import choose_device, choose_precision, load_config
+from selectune.recipe import TuneSection
+from selectune.recipe_methods import PLAIN
+from selectune.registry import get
+from selectune.training.chosen import chosen_method, options_of
+from selectune.training.layer_sampling import count_of
+from selectune.training.layers import trainable_layers
+from selectune.training.method import Method, Scene
+from selectune.training.sources import TokenSource
+
+
+def outline(ground: Ground) -> tuple[nn.Module, int]:
+    """Return a run's model with its adapter, as shapes only, and the size of its base.
+
+    Raises:
+        SelectionError: the recipe names a module or a layer that the model has not.
+    """
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(load_config(ground.assets.model))
+        n_base = sum(p.numel() for p in bare.parameters())
+        return add_adapter(bare, ground.recipe.adapter, seed=ground.recipe.seed), n_base
+
+
+def refuse_unworkable(ground: Ground, tunings: Sequence[TuneSection]) -> None:
+    """Put every method to work on the model's shapes, and take it off again.
+
+    Args:
+        ground: of the run.
+        tunings: what will be trained; equal methods are tried once.
+
+    Raises:
+        SelectuneError: a method cannot work with this model, these batches or these options.
+    """
+    tried: list[Method] = []
+    for tuning in tunings:
+        method = chosen_method(tuning)
+        if method is None or method in tried:
+            continue
+        tried.append(method)
+        if isinstance(method, GAST):
+            _refuse_batches(method, tuning)
+        recipe, (model, _) = ground.recipe, outline(ground)
+        pool = TokenSource(list(ground.tokens.pool), pad_id=0)
+        targets = [t for task in ground.tasks for t in ground.tokens.targets[task]]
+        scene = Scene(
+            model,
+            seed=recipe.seed,
+            precision=choose_precision(recipe.model.dtype, choose_device(recipe.model.device)),
+            pool=pool,
+            target=TokenSource(targets, pad_id=0) if targets else None,
+            weighting="token",
+        )
+        try:
+            method.start(scene).close()
+        except (NotImplementedError, RuntimeError):
+            # It looks at weights, and here are none. Its options have been checked by then.
+            continue
+
+
+def told(ground: Ground, model: nn.Module) -> list[str]:
+    """Return what the recipe's training method will do, in lines for a person; none for plain.
+
+    Args:
+        ground: of the run.
+        model: its outline.
+    """
+    tuning = ground.recipe.tune
+    method = chosen_method(tuning)
+    if method is None:
+        return []
+    entry = get("training_method", tuning.method)
+    options = ", ".join(f"{key} {value}" for key, value in tuning.options.items())
+    n_layers = len(trainable_layers(model))
+    lines = [
+        f"method      {tuning.method}: {entry.summary}",
+        f"            {options or 'all options at their defaults'}; {n_layers} layers train",
+    ]
+    if (layers := options_of(method).get("layers")) is not None:
+        lines[-1] += f", {count_of(layers, n_layers)} at a time"
+    if isinstance(method, GAST):
+        n = tuning.batch_size
+        who = "the model" if tuning.method == "greats" else "each layer"
+        of = "the pool" if method.target == "pool" else "the target"
+        every = "step" if method.refresh_every == 1 else f"{method.refresh_every} steps"
+        lines.append(
+            f"            {who} learns from {_kept(method, n)} of the {n} examples of a forward "
+            f"pass; {method.target_batch} examples of {of} are looked at every {every}"
+        )
+    return lines
+
+
+def extra_work(tuning: TuneSection) -> float:
+    """Return a method's own passes as a share of plain training; a sampler's savings are not in."""
+    method = chosen_method(tuning)
+    if not isinstance(method, GAST) or "score" not in get("row_picker", method.pick).needs:
+        return 0.0
+    step = tuning.batch_size * tuning.accumulation
+    second = 1.0 if method.form == "two_pass" else 0.0
+    return method.target_batch / step / method.refresh_every + second
+
+
+def facts(tuning: TuneSection) -> dict[str, Any] | None:
+    """Return a method by name and options, None for plain training."""
+    if tuning.method == PLAIN:
+        return None
+    return {"name": tuning.method, "options": dict(tuning.options)}
+
+
+def _kept(method: GAST, n: int) -> int:
+    return round(method.keep * n) if isinstance(method.keep, float) else method.keep
+
+
+def _refuse_batches(method: GAST, tuning: TuneSection) -> None:
+    n, keep = tuning.batch_size, method.keep
+    if method.form == "concat":
+        raise ConfigError(
+            "form=concat cannot be used in a recipe",
+            where="tune.options.form",
+            why="it takes the last rows of a batch for target examples, and a trainer adds none",
+            do='use form "separate": the result is the same',
+        )
+    if keep == 1.0 and isinstance(keep, float):
+        return
+    if n == 1:
+        raise ConfigError(
+            "there is nothing to choose from in a batch of one example",
+            where="tune.batch_size",
+            why="examples are picked within a forward pass",
+            do="raise tune.batch_size and lower tune.accumulation, or set keep to 1.0",
+        )
+    if _kept(method, n) < 1:
+        raise ConfigError(
+            f"keep {keep} of {n} examples rounds to none",
+            where="tune.options.keep",
+            why=f"a forward pass has tune.batch_size = {n} examples",
+            do=f"raise keep to {1 / n:.3g} or more, or raise tune.batch_size",
+        )
+    if _kept(method, n) > n:
+        raise ConfigError(
+            f"keep {keep} is more than the {n} examples of a forward pass",
+            where="tune.options.keep",
+            why=f"tune.batch_size is {n}",
+            do=f"use a number up to {n}, or a share such as 0.5",
+        )

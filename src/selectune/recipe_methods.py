@@ -1,0 +1,146 @@
+"""Every method that a recipe names, looked up in the registry with its options."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from selectune import recipe_words as words
+from selectune import registry
+from selectune.errors import ConfigError, nearest
+from selectune.recipe_file import Tree
+
+if TYPE_CHECKING:
+    from selectune.recipe import Recipe
+
+FULL = "full"  # the whole pool, where a scorer could be named
+PLAIN = "plain"  # no method, where a training method could be named
+
+
+def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
+    """Return the method names and options that the registry does not know."""
+    matrix = recipe.matrix.methods if recipe.matrix else ()
+    found = _scorer(("score", "method"), recipe.score.method, recipe.score.options, tree)
+    try:
+        registry.get("selection_rule", recipe.select.rule, where=tree.where(("select", "rule")))
+    except ConfigError as error:
+        found.append(error)
+    for i, name in enumerate(recipe.tune.controls):
+        if name != PLAIN:
+            found += _scorer(("tune", "controls", i), name, None, tree)
+    found += _training(("tune", "method"), recipe.tune.method, recipe.tune.options, tree)
+    for i, row in enumerate(matrix):
+        path = ("matrix", "methods", i)
+        if isinstance(row, str):
+            found += _scorer(path, row, None, tree)
+            continue
+        found += _scorer((*path, "method"), row.method, row.options, tree)
+        if row.tune is not None:
+            found += _training((*path, "tune", "method"), row.tune.method, row.tune.options, tree)
+    return found
+
+
+def _scorer(
+    path: words.Path, name: str, options: Mapping[str, Any] | None, tree: Tree
+) -> list[ConfigError]:
+    # This imports the scorers, and with them numpy and pyarrow: not before it is needed.
+    names = [entry.name for entry in registry.methods("data_scorer")]
+    whole_pool = name == FULL and path[0] != "score"
+    if whole_pool and not options:
+        return []
+    if whole_pool or name not in names:
+        return [
+            ConfigError(
+                '"full" takes no options' if whole_pool else f'"{name}" is no data scorer',
+                where=tree.where(path),
+                why=f"known are: {', '.join(names)}",
+                do='remove "options"' if whole_pool else nearest(name, names),
+            )
+        ]
+    return _options(registry.get("data_scorer", name), options or {}, path, tree)
+
+
+def _training(
+    path: words.Path, name: str, options: Mapping[str, Any], tree: Tree
+) -> list[ConfigError]:
+    home = (*path[:-1], "options")
+    if name == PLAIN:
+        if not options:
+            return []
+        return [
+            ConfigError(
+                f'"{PLAIN}" takes no options',
+                where=tree.where(home),
+                why=f"{PLAIN} takes: no options; it stands for training without a method",
+                do=f'remove "options", or name a method: {_known("training_method")}',
+            )
+        ]
+    # This imports torch and transformers: only where a method is named.
+    names = [PLAIN, *(entry.name for entry in registry.methods("training_method"))]
+    if name not in names:
+        return [
+            ConfigError(
+                f'"{name}" is no training method',
+                where=tree.where(path),
+                why=f"known are: {', '.join(names)}",
+                do=nearest(name, names),
+            )
+        ]
+    entry = registry.get("training_method", name)
+    found = _options(entry, options, path, tree)
+    if found:
+        return found
+    return _named_in_options(entry, options, home, tree)
+
+
+def _named_in_options(
+    entry: registry.Entry, options: Mapping[str, Any], home: words.Path, tree: Tree
+) -> list[ConfigError]:
+    """Return what is wrong with the methods that options name: a picker, a sampler, a source."""
+    found: list[ConfigError] = []
+    pick, sampler, target = (options.get(key) for key in ("pick", "sampler", "target"))
+    if pick is not None:
+        try:
+            registry.get("row_picker", str(pick), where=tree.where((*home, "pick")))
+        except ConfigError as error:
+            found.append(error)
+    if sampler is not None:
+        own = options.get("sampler_options") or {}
+        try:
+            inner = registry.get(
+                "training_method", str(sampler), where=tree.where((*home, "sampler"))
+            )
+            inner.parse(own, where=tree.where((*home, "sampler_options")))
+        except ConfigError as error:
+            found.append(error)
+    # From Python it may also be rows; a recipe can only name one of the two that it has.
+    if target is not None and target not in ("pool", "target"):
+        found.append(
+            ConfigError(
+                f'option "target" of {entry.name} cannot be {target!r}',
+                where=tree.where((*home, "target")),
+                why="a recipe has a pool and a target",
+                do=nearest(str(target), ["pool", "target"]),
+            )
+        )
+    return found
+
+
+def _known(family: registry.Family) -> str:
+    return ", ".join(entry.name for entry in registry.methods(family))
+
+
+def _options(
+    entry: registry.Entry, options: Mapping[str, Any], path: words.Path, tree: Tree
+) -> list[ConfigError]:
+    """Return what is wrong with the options of one method, each by its own key."""
+    home = (*path[:-1], "options")
+    try:
+        entry.parse(dict(options), where=tree.where(home))
+    except ConfigError as whole:
+        found: list[ConfigError] = []
+        for key, value in options.items():
+            try:
+                entry.parse({key: value}, where=tree.where((*home, key)))
+            except ConfigError as error:
+                found.append(error)
+        return found or [whole]
+    return []

@@ -1,0 +1,51 @@
+"""The training method that a recipe names, and what its results depend on."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from selectune import registry
+from selectune.data.tokens import Tokens
+from selectune.recipe import TuneSection
+from selectune.recipe_methods import PLAIN
+from selectune.training.method import Method
+
+
+def chosen_method(section: TuneSection) -> Method | None:
+    """Return the method of a `tune` section, None for plain training.
+
+    Raises:
+        ConfigError: no such method, or a wrong option.
+    """
+    if section.method == PLAIN:
+        return None
+    entry = registry.get("training_method", section.method, where="tune.method")
+    return entry.parse(dict(section.options), where="tune.options")
+
+
+def options_of(method: Method | None) -> dict[str, Any]:
+    """Return a method's options by name, none for plain training."""
+    if not is_dataclass(method):
+        return {}
+    return {field.name: getattr(method, field.name) for field in fields(method)}
+
+
+def reads_target(method: Method | None) -> bool:
+    """Return whether a method, or the sampler inside it, looks at the recipe's target examples."""
+    if not is_dataclass(method):
+        return False
+    options = {field.name: getattr(method, field.name) for field in fields(method)}
+    if "target" in (options.get("target"), options.get("probe_from")):
+        return True
+    inside = {"probe_from": "pool", **(options.get("sampler_options") or {})}
+    return options.get("sampler") is not None and inside["probe_from"] == "target"
+
+
+def fingerprint_of(items: Sequence[Tokens]) -> str:
+    """Return a hash of ids, tokens and loss masks, in the order given."""
+    digest = hashlib.sha256()
+    for item in items:
+        for part in (item.id.encode(), item.input_ids.tobytes(), item.is_target.tobytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
