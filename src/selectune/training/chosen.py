@@ -32,14 +32,16 @@ def options_of(method: Method | None) -> dict[str, Any]:
 
 
 def reads_target(method: Method | None) -> bool:
-    """Return whether a method, or the sampler inside it, looks at the recipe's target examples."""
-    if not is_dataclass(method):
-        return False
-    options = {field.name: getattr(method, field.name) for field in fields(method)}
-    if "target" in (options.get("target"), options.get("probe_from")):
+    """Return whether a method, or the sampler inside it, looks at the recipe's target examples.
+
+    An option whose value is "target" says so (`target`, `probe_from`).
+    """
+    options = options_of(method)
+    sampler, inside = options.get("sampler"), options.get("sampler_options") or {}
+    if isinstance(sampler, Method) and reads_target(sampler):
         return True
-    inside = {"probe_from": "pool", **(options.get("sampler_options") or {})}
-    return options.get("sampler") is not None and inside["probe_from"] == "target"
+    values = [*options.values(), *(inside.values() if sampler is not None else ())]
+    return any(isinstance(value, str) and value == "target" for value in values)
 
 
 def fingerprint_of(items: Sequence[Tokens]) -> str:

@@ -175,3 +175,8 @@ def test_wrong_options_are_refused_where_they_are_written(
         GAST(**options)
     with pytest.raises(ConfigError, match=words.replace("gast", "greats")):
         GREATS(**options)
+
+
+def test_targets_in_the_batch_are_refused_in_a_trainer() -> None:
+    with pytest.raises(ConfigError, match="form=concat cannot be used in a trainer"):
+        GAST(form="concat").callback()

@@ -18,13 +18,14 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
+from transformers import TrainerCallback
 
 from selectune.errors import ConfigError
 from selectune.registry import get, training_method
 from selectune.training.aligned import AlignedSession, Aligning, Form
 from selectune.training.method import BatchSource, Method, Scene, Session
 from selectune.training.picks import Aggregate
-from selectune.training.sources import as_source
+from selectune.training.sources import TokenSource, as_source
 
 
 @training_method("gast")
@@ -90,6 +91,21 @@ class GAST(Method):
     sampler_options: Annotated[
         dict[str, Any] | None, Field(description="options of the layer sampler")
     ] = None
+
+    def callback(self, *, seed: int | None = None) -> TrainerCallback:
+        """Return the method as a callback; see `Method.callback`.
+
+        Raises:
+            ConfigError: form is concat, and a trainer makes its batches without targets.
+        """
+        if self.form == "concat":
+            raise ConfigError(
+                "form=concat cannot be used in a trainer",
+                where="form",
+                why="the loop has to append target rows to every batch, and a trainer does not",
+                do="use form=separate, or a loop of your own",
+            )
+        return Method.callback(self, seed=seed)
 
     def start(self, scene: Scene) -> Session:
         """Hook gates onto the layers.
@@ -170,7 +186,9 @@ def start(options: GAST, scene: Scene, *, is_shared: bool) -> AlignedSession:
         form=options.form,
         pick_scope=options.pick_scope,
     )
-    source = _source(options, scene)
+    is_read = "score" in picker.needs and options.form != "concat"
+    # Picks that look at no target need none, and concatenated targets come with the batch.
+    source = _source(options, scene) if is_read else TokenSource((), pad_id=0)
     session = None if sampler is None else sampler.start(scene)
     try:
         return AlignedSession(scene, how, source, sampler=session, about=about)
