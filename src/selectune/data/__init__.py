@@ -7,7 +7,7 @@ from selectune.data.checks import (
     leakage,
     near_duplicates,
 )
-from selectune.data.collate import NO_LOSS, Batch, collate, length_sorted_batches
+from selectune.data.collate import NO_LOSS, Batch, collate, length_sorted_batches, narrowed
 from selectune.data.demo import DemoAssets, demo_assets
 from selectune.data.examples import Example, ExampleSet, content_key, plain_text
 from selectune.data.read import Spec, read_examples
@@ -30,6 +30,7 @@ __all__ = [
     "duplicates",
     "leakage",
     "length_sorted_batches",
+    "narrowed",
     "near_duplicates",
     "option_tokens",
     "plain_text",

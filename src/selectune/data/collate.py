@@ -98,3 +98,44 @@ def length_sorted_batches(
         batches.append(order[start : start + size])
         start += size
     return batches
+
+
+# What one more pass costs beside its tokens, in tokens: SmolLM2-135M on two cores, rounded.
+_PASS_TOKENS = 64
+
+
+def narrowed(batch: Batch) -> list[Batch]:
+    """Split a batch into narrower ones, where that saves more padding than the passes cost.
+
+    A few examples drawn at random are as wide as their longest: four of 250, 50, 50 and 50 tokens
+    make 1,000, and 400 in two passes.
+
+    Returns:
+        Every example in exactly one batch; the batch itself where nothing is to be saved.
+    """
+    lengths = batch.attention_mask.sum(1).tolist()
+    order = sorted(range(len(lengths)), key=lambda k: -lengths[k])
+    # best[j]: the least cost of the j longest, and where its last pass begins.
+    best: list[tuple[int, int]] = [(0, 0)]
+    for j in range(1, len(order) + 1):
+        best.append(
+            min((best[i][0] + _PASS_TOKENS + (j - i) * lengths[order[i]], i) for i in range(j))
+        )
+    groups: list[list[int]] = []
+    end = len(order)
+    while end > 0:
+        groups.append(sorted(order[best[end][1] : end]))
+        end = best[end][1]
+    if len(groups) <= 1:
+        return [batch]
+    return [_cut(batch, rows) for rows in reversed(groups)]
+
+
+def _cut(batch: Batch, rows: list[int]) -> Batch:
+    is_used = batch.attention_mask[rows].any(0)
+    return Batch(
+        tuple(batch.ids[k] for k in rows),
+        batch.input_ids[rows][:, is_used],
+        batch.attention_mask[rows][:, is_used],
+        batch.labels[rows][:, is_used],
+    )

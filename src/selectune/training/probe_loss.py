@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selectune.data import Batch
+from selectune.data import Batch, narrowed
 from selectune.gradients.engine import dropout_off, precision_of
 from selectune.gradients.loss import target_nll
 from selectune.training.layer_sampling import PASSES
@@ -55,6 +55,7 @@ def probe_losses(
         One loss per entry of `turned`, the same in all processes; NaN without a target token.
     """
     device = next(scene.model.parameters()).device
+    parts = [] if batch is None else narrowed(batch)
     sums: list[Tensor] = []
     n_tokens = torch.zeros((), dtype=torch.float64, device=device)
     forked = [device] if device.type == "cuda" else []
@@ -62,12 +63,13 @@ def probe_losses(
         with torch.random.fork_rng(devices=forked), dropout_off(scene.model):
             for responses in turned:
                 total = torch.zeros((), dtype=torch.float64, device=device)
-                if batch is not None:
+                n_tokens = torch.zeros_like(total)
+                for part in parts:
                     # Entered anew for each pass, as the casts that autocast keeps must not outlive
                     # it.
                     with turned_down(responses, factor), precision_of(device, scene.precision):
-                        nats, counts = target_nll(scene.model, batch)
-                    total, n_tokens = nats.double().sum(), counts.sum().double()
+                        nats, counts = target_nll(scene.model, part)
+                    total, n_tokens = total + nats.double().sum(), n_tokens + counts.sum()
                 sums.append(total)
     finally:
         # A cast made without gradients would serve the training too, if its loop is in an autocast.

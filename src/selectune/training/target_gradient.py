@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selectune.data import narrowed
 from selectune.errors import ConfigError
 from selectune.gradients.engine import GradientEngine
 from selectune.gradients.kernels import Rows, total
@@ -59,13 +60,15 @@ class TargetGradient:
         found: dict[str, Tensor] = {}
 
         def add(name: str, rows: Rows) -> None:
-            found[name] = total(rows).div_(self._size)
+            share = total(rows).div_(self._size)
+            found[name] = found[name].add_(share) if name in found else share
 
         # Fewer targets than processes leave one without any, and an example without a target
         # token asks for nothing.
         if drawn.size and (batch := self._source.draw(drawn.tolist())).ids:
             with self._apart():
-                self._engine.run(batch, add)
+                for part in narrowed(batch):
+                    self._engine.run(part, add)
         for name, p in self._engine.parameters.items():  # the same ones in all processes
             if p.requires_grad and name not in found:
                 found[name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))

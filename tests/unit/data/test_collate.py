@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selectune.data import NO_LOSS, Tokens, collate, length_sorted_batches
+from selectune.data import NO_LOSS, Tokens, collate, length_sorted_batches, narrowed
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 
@@ -71,3 +71,33 @@ def test_a_batch_moves_with_its_ids() -> None:
     assert {t.device.type for t in (moved.input_ids, moved.attention_mask, moved.labels)} == {
         "meta"
     }
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=6))
+def test_narrower_batches_hold_every_example_once_with_less_padding(
+    side: Literal["left", "right"], lengths: list[int]
+) -> None:
+    items = [
+        Tokens(f"e{k}", np.arange(1, n + 1), np.arange(n) >= n // 2) for k, n in enumerate(lengths)
+    ]
+    whole = collate(items, pad_id=0, side=side)
+    parts = narrowed(whole)
+    assert sorted(id for part in parts for id in part.ids) == sorted(whole.ids)
+    for part in parts:
+        for id, *row in zip(
+            part.ids, part.input_ids, part.attention_mask, part.labels, strict=True
+        ):
+            item = items[int(id[1:])]
+            ids, mask, labels = row
+            assert ids[mask > 0].tolist() == item.input_ids.tolist()
+            assert (labels[mask > 0] != NO_LOSS).tolist() == item.is_target.tolist()
+    cost = [64 + part.input_ids.numel() for part in parts]
+    assert sum(cost) <= 64 + whole.input_ids.numel()
+
+
+def test_one_long_example_does_not_widen_three_short_ones() -> None:
+    items = [Tokens(f"e{n}", np.arange(n), np.arange(n) > 0) for n in (250, 50, 49, 48)]
+    parts = narrowed(collate(items, pad_id=0))
+    assert [part.ids for part in parts] == [("e250",), ("e50", "e49", "e48")]
+    assert [part.input_ids.shape[1] for part in parts] == [250, 50]
