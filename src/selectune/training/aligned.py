@@ -18,13 +18,20 @@ from torch import Tensor, nn
 
 from selectune.data import Batch
 from selectune.data.collate import NO_LOSS
-from selectune.errors import ConfigError, CoverageError, DataError, IncompatibleRunError
+from selectune.errors import ConfigError, CoverageError, DataError
 from selectune.gradients.capture import trainable
 from selectune.gradients.engine import GradientEngine, dropout_off
 from selectune.gradients.kernels import DenseRows, Rows, gram, ones
 from selectune.training.gate import Gates
 from selectune.training.layers import Layer, trainable_layers
-from selectune.training.method import BatchSource, Scene, Session, Weighting, refuse_missing
+from selectune.training.method import (
+    BatchSource,
+    Scene,
+    Session,
+    Weighting,
+    refuse_missing,
+    refuse_other_state,
+)
 from selectune.training.picks import Aggregate, Alignments, Picker, factors
 from selectune.training.ranks import Exchange, rank
 from selectune.training.target_gradient import TargetGradient
@@ -225,8 +232,7 @@ class AlignedSession:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what a resumed run needs: the kept target gradient, the sampler's state."""
-        facts: dict[str, Any] = {"layers": [x.name for x in self._layers], "options": self._about}
-        facts["weighting"] = self._weighting
+        facts = {**self._identity(), "weighting": self._weighting}
         # Even where the next step takes it anew: that step says how far it turned.
         tensors = {f"target.{name}": t for name, t in self.target.gradients.items()}
         if self._sampler is not None:
@@ -241,15 +247,7 @@ class AlignedSession:
         Raises:
             IncompatibleRunError: it worked on other layers, or with other options.
         """
-        own, _ = self.state()
-        for key in ("layers", "options"):
-            if facts.get(key) != own[key]:
-                raise IncompatibleRunError(
-                    f"the saved state has other {key}",
-                    where="training method",
-                    why=f"it has {facts.get(key)}, this run has {own[key]}",
-                    do="go on with the model and options it was saved with",
-                )
+        refuse_other_state(facts, self._identity())
         self._weighting = facts["weighting"]
         device = next(self._scene.model.parameters()).device
         self.target.gradients = {
@@ -271,6 +269,9 @@ class AlignedSession:
         self._arrival.remove()
         if self._sampler is not None:
             self._sampler.close()
+
+    def _identity(self) -> dict[str, Any]:
+        return {"layers": [x.name for x in self._layers], "options": self._about}
 
     def _unit_of(self, layer: Layer, name: str) -> str:
         if self._how.is_shared:

@@ -9,18 +9,19 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from selectune.errors import ConfigError, IncompatibleRunError
+from selectune.errors import ConfigError
 from selectune.models import blocks
 from selectune.training.layers import Layer, trainable_layers
 from selectune.training.merging import MergedLayers
-from selectune.training.method import Scene, refuse_missing
+from selectune.training.method import Scene, refuse_missing, refuse_other_state
 from selectune.training.retired import Retire, RetiredStates
 from selectune.training.sampling_limits import refuse_unfit
 
@@ -28,6 +29,20 @@ _log = logging.getLogger(__name__)
 
 # Streams of the seed; 1 and 2 draw target examples and picks.
 CHOICE, SETS, PASSES = 3, 4, 5
+
+
+# Options that several samplers have in common.
+Share = (
+    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
+)  # a number of layers, or a share of them
+Hold = Annotated[int, Field(ge=1, description="steps for which a draw is kept (ours)")]
+Merge = Annotated[
+    bool,
+    Field(
+        description="run layers that stand still with merged LoRA factors, which saves time "
+        "where hold is more than 1 (ours)"
+    ),
+]
 
 
 @runtime_checkable
@@ -210,14 +225,7 @@ class LayerSession:
         Raises:
             IncompatibleRunError: it worked on other layers, with other options or another seed.
         """
-        for key, own in self._identity().items():
-            if facts.get(key) != own:
-                raise IncompatibleRunError(
-                    f"the saved state has {'another' if key == 'seed' else 'other'} {key}",
-                    where="training method",
-                    why=f"it has {facts.get(key)}, this run has {own}",
-                    do="go on with the model, options and seed it was saved with",
-                )
+        refuse_other_state(facts, self._identity())
         self.guide.load_state(facts, tensors)
         self.active, self._window = list(facts["active"]), facts["window"]
         if self._step is not None:  # in a bare loop the step has begun by now, from nothing

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from selectune.data import Batch
-from selectune.errors import ConfigError
+from selectune.errors import ConfigError, IncompatibleRunError
 
 # How a training loss weighs the examples of a batch: by their target tokens (one mean over all
 # tokens, as in transformers and trl), or all alike.
@@ -176,6 +176,22 @@ class Method:
         from selectune.training.method_callback import MethodCallback
 
         return MethodCallback(self, seed=seed)
+
+
+def refuse_other_state(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Compare what a saved state was made for with what it is loaded into.
+
+    Raises:
+        IncompatibleRunError: they differ; the first entry that does is named with both values.
+    """
+    for key, value in own.items():
+        if saved.get(key) != value:
+            raise IncompatibleRunError(
+                f"the saved state has {'another' if key == 'seed' else 'other'} {key}",
+                where="training method",
+                why=f"it has {saved.get(key)}, this run has {value}",
+                do="go on with the model, options and seed it was saved with",
+            )
 
 
 def refuse_missing(scene: Scene, parameters: dict[str, nn.Parameter]) -> None:

@@ -14,7 +14,7 @@ Fails  When the target is a few noisy examples the draw is close to chance: run 
   worse. Raw inner products prefer examples with short answers, whose gradients are long.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
@@ -155,21 +155,8 @@ def start(options: GAST, scene: Scene, *, is_shared: bool) -> AlignedSession:
     }
     sampler = _sampler(options)
     about["sampler"] = None if sampler is None else repr(sampler)
-    scene_weighting = scene.weighting
     if options.loss_weighting != "auto":
-        scene_weighting = options.loss_weighting
-    scene = Scene(
-        scene.model,
-        scene.optimizer,
-        scene.seed,
-        scene.precision,
-        scene.pool,
-        scene.target,
-        scene_weighting,
-        scene.tokenizer,
-        scene.collate_fn,
-        scene.max_length,
-    )
+        scene = replace(scene, weighting=options.loss_weighting)
     how = Aligning(
         keep=options.keep,
         pick=picker.function,

@@ -35,7 +35,10 @@ from selectune.errors import ConfigError
 from selectune.registry import training_method
 from selectune.training.layer_sampling import (
     SETS,
+    Hold,
     LayerSession,
+    Merge,
+    Share,
     count_of,
     draw,
     log_sigmoid,
@@ -63,7 +66,7 @@ class IST(Method):
     """Layers drawn by importance, which is learnt by turning adapters down."""
 
     layers: Annotated[
-        Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)],
+        Share,
         Field(description="share of the layers that train at a time, or a number of layers"),
     ] = 0.25
     suppress: Annotated[
@@ -84,14 +87,8 @@ class IST(Method):
         Literal["pool", "target"],
         Field(description="probe training examples (release) or target examples (ours)"),
     ] = "pool"
-    hold: Annotated[int, Field(ge=1, description="steps for which a draw is kept (ours)")] = 1
-    merge: Annotated[
-        bool,
-        Field(
-            description="run layers that stand still with merged LoRA factors, which saves time "
-            "where hold is more than 1 (ours)"
-        ),
-    ] = False
+    hold: Hold = 1
+    merge: Merge = False
 
     def start(self, scene: Scene) -> Session:
         """Take hold of the layers.

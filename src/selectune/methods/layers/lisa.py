@@ -18,7 +18,7 @@ from typing import Annotated
 from pydantic import Field
 
 from selectune.registry import training_method
-from selectune.training.layer_sampling import Even, LayerSession, count_of, ready
+from selectune.training.layer_sampling import Even, LayerSession, Share, count_of, ready
 from selectune.training.method import Method, Scene, Session
 from selectune.training.retired import Retire
 
@@ -29,7 +29,7 @@ class LISA(Method):
     """A few layers drawn evenly, each draw kept for some steps; also for full weights."""
 
     layers: Annotated[
-        Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)],
+        Share,
         Field(description="layers that train at a time, or a share of the layers"),
     ] = 2
     interval: Annotated[int, Field(ge=1, description="steps for which a draw is kept")] = 20

@@ -29,7 +29,7 @@ from selectune.errors import ConfigError
 from selectune.gradients.engine import dropout_off, precision_of
 from selectune.gradients.loss import target_nll
 from selectune.registry import training_method
-from selectune.training.layer_sampling import PASSES, LayerSession, count_of, ready
+from selectune.training.layer_sampling import PASSES, LayerSession, Share, count_of, ready
 from selectune.training.layers import Layer
 from selectune.training.method import BatchSource, Method, Scene, Session
 from selectune.training.ranks import add_up, rank, world
@@ -43,7 +43,7 @@ class OWS(Method):
     """A few layers drawn by their share of outlier weights, each draw kept for some steps."""
 
     layers: Annotated[
-        Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)],
+        Share,
         Field(description="layers that train at a time, or a share of the layers"),
     ] = 5
     interval: Annotated[int, Field(ge=1, description="steps for which a draw is kept")] = 50

@@ -16,7 +16,15 @@ from typing import Annotated
 from pydantic import Field
 
 from selectune.registry import training_method
-from selectune.training.layer_sampling import Even, LayerSession, count_of, ready
+from selectune.training.layer_sampling import (
+    Even,
+    Hold,
+    LayerSession,
+    Merge,
+    Share,
+    count_of,
+    ready,
+)
 from selectune.training.method import Method, Scene, Session
 
 
@@ -26,17 +34,11 @@ class RST(Method):
     """Layers drawn evenly for every step: IST without importance."""
 
     layers: Annotated[
-        Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)],
+        Share,
         Field(description="share of the layers that train at a time, or a number of layers"),
     ] = 0.25
-    hold: Annotated[int, Field(ge=1, description="steps for which a draw is kept (ours)")] = 1
-    merge: Annotated[
-        bool,
-        Field(
-            description="run layers that stand still with merged LoRA factors, which saves time "
-            "where hold is more than 1 (ours)"
-        ),
-    ] = False
+    hold: Hold = 1
+    merge: Merge = False
 
     def start(self, scene: Scene) -> Session:
         """Take hold of the layers.
