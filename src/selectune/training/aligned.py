@@ -5,15 +5,13 @@ Per forward pass the gates (`training.gate`) ask, layer by layer, how the exampl
 align with it, and a row picker says which of them the layer learns from.
 """
 
-import hashlib
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from selectune.data import Batch
@@ -22,6 +20,14 @@ from selectune.errors import ConfigError, CoverageError, DataError
 from selectune.gradients.capture import trainable
 from selectune.gradients.engine import GradientEngine, dropout_off
 from selectune.gradients.kernels import DenseRows, Rows, gram, ones
+from selectune.training.forward_pass import (
+    ForwardPass,
+    Scored,
+    content_keys,
+    draw_noise,
+    read_batch,
+    with_answers,
+)
 from selectune.training.gate import Gates
 from selectune.training.layers import Layer, trainable_layers
 from selectune.training.method import (
@@ -32,6 +38,7 @@ from selectune.training.method import (
     refuse_missing,
     refuse_other_state,
 )
+from selectune.training.pick_facts import Seen, pick_facts
 from selectune.training.picks import Aggregate, Alignments, Picker, factors
 from selectune.training.ranks import Exchange, rank
 from selectune.training.target_gradient import TargetGradient
@@ -78,44 +85,6 @@ class Aligning:
     pick_scope: Literal["local", "global"]
 
 
-@dataclass(slots=True, eq=False)
-class _Forward:
-    """One forward pass of the training loop."""
-
-    n: int  # rows, of which the last `n_aside` are targets that ride along
-    n_aside: int
-    n_tokens: Int[Tensor, " n"]  # target tokens
-    is_valid: Bool[Tensor, " n"]
-    noise: Float[Tensor, "units all"]  # of the examples of all processes, if they pick together
-    k: int
-    mine: slice  # this process's examples among all
-    counts: list[int]  # examples of each process
-    # Two passes: what the first one found, by picking unit.
-    scored: "dict[str, _Scored]" = field(default_factory=dict)
-    # Rows of one parameter under each example's own mean loss, to find the loss's weights by.
-    replay: dict[str, Rows] = field(default_factory=dict)
-    is_half: bool = False  # some of the passes runs in half precision
-
-
-@dataclass(slots=True, eq=False)
-class _Scored:
-    """Sums over the parameters of one picking unit."""
-
-    score: Tensor | float = 0.0
-    norm2: Tensor | float = 0.0
-    gram: Tensor | float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Seen:
-    """What one layer did in one step; tensors stay on the device until the step ends."""
-
-    picked: list[Tensor] = field(default_factory=list)
-    stats: list[Tensor] = field(default_factory=list)  # mean, std, max |z|
-    tokens: list[Tensor] = field(default_factory=list)
-
-
-_STATS = ("alignment_mean", "alignment_std", "max_z")
 _ALL = "all layers"  # the picking unit where all layers share one pick
 
 
@@ -169,13 +138,13 @@ class AlignedSession:
         )
         self._weighting: Weighting | None = scene.weighting
         self._exchange = Exchange() if how.pick_scope == "global" else None
-        self._now: _Forward | None = None
+        self._now: ForwardPass | None = None
         self._expected: tuple[Tensor, tuple[str, ...]] | None = None
         self._is_apart = False
         self._is_checked = False
         self._step = self._n_forwards = 0
         self._learning_rate = 0.0
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[int, Seen] = {}
         self._ids: list[str] = []
         self._cosines: list[float | None] | None = None
         self._gates = Gates(self._layers, current=self._current, deliver=self._deliver)
@@ -209,21 +178,12 @@ class AlignedSession:
     def end_step(self) -> dict[str, Any]:
         """Return what the layers picked in the step just done."""
         facts: dict[str, Any] = {} if self._sampler is None else self._sampler.end_step()
-        places = {layer.index: self._seen.get(layer.index) for layer in self._layers}
-        seen = {index: s for index, s in places.items() if s is not None and s.picked}
-        facts.setdefault("active", sorted(seen))
+        places = [layer.index for layer in self._layers]
+        # A sampler knows the active layers better: one of them may have picked nothing.
+        is_scored = "score" in self._how.needs
+        facts = pick_facts(self._seen, places, is_scored=is_scored) | facts
         if self._step == 0:
-            facts["layers"] = list(places)
-        stats = {i: torch.stack(s.stats).mean(0).tolist() for i, s in seen.items()}
-        for k, key in enumerate(_STATS if "score" in self._how.needs else ()):
-            facts[key] = [stats[i][k] if i in stats else None for i in places]
-        facts["tokens"] = [
-            int(sum(t.sum() for t in seen[i].tokens)) if i in seen else None for i in places
-        ]
-        facts["picks"] = {
-            str(i): "".join("1" if x else "0" for x in torch.cat(s.picked).tolist())
-            for i, s in seen.items()
-        }
+            facts["layers"] = places
         if self._ids:
             facts["examples"] = list(self._ids)
         if self._cosines is not None and any(c is not None for c in self._cosines):
@@ -279,13 +239,16 @@ class AlignedSession:
         return layer.name if self._how.granularity == "layer" else name.rpartition(".")[0]
 
     @contextmanager
-    def _apart(self) -> Generator[None]:
-        """Run passes of our own: gates stand open, dropout is off."""
+    def _apart(self, *, as_trained: bool = False) -> Generator[None]:
+        """Run passes of our own: gates stand open; dropout is off unless they run as the loop's."""
         self._is_apart = True
-        device = next(self._scene.model.parameters()).device
+        kind = next(self._scene.model.parameters()).device.type
         try:
-            # The loop may be inside of an autocast, in which inner products would be rounded.
-            with dropout_off(self._scene.model), torch.autocast(device.type, enabled=False):
+            with ExitStack() as stack:
+                if not as_trained:
+                    stack.enter_context(dropout_off(self._scene.model))
+                    # The loop may be inside of an autocast, which would round inner products.
+                    stack.enter_context(torch.autocast(kind, enabled=False))
                 yield
         finally:
             self._is_apart = False
@@ -309,7 +272,7 @@ class AlignedSession:
             for p in frozen:
                 p.requires_grad_(False)
 
-    def _current(self) -> tuple[_Forward, int] | None:
+    def _current(self) -> tuple[ForwardPass, int] | None:
         if self._is_apart or self._now is None:
             return None
         return self._now, self._now.n
@@ -320,45 +283,17 @@ class AlignedSession:
         self._now = None
         if not torch.is_grad_enabled():
             return
-        batch = self._batch(args, kwargs)
+        expected, self._expected = self._expected, None
+        batch = read_batch(args, kwargs, expected)
         self._now = now = self._forward(batch)
-        batch = _with_answers(batch)
+        batch = with_answers(batch)
         self._check_coverage(batch)
         self._n_forwards += 1
         self._ids += [id for id in batch.ids if id]
         if self._how.form == "two_pass":
             self._score_first(batch, now)
-        if self._weighting is None and _is_telling(now):
+        if self._weighting is None and now.is_telling:
             self._replay(batch, now)
-
-    def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-        """Return the batch of a forward pass.
-
-        Raises:
-            DataError: its rows are not one example each, or its labels are unknown.
-        """
-        expected, self._expected = self._expected, None
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        labels = kwargs.get("labels") if expected is None else expected[0]
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2:
-            raise DataError(
-                "the model is called without token ids",
-                where="input_ids",
-                why="picks need one row of tokens per example",
-                do="train on input_ids",
-            )
-        _refuse_packed(tokens, kwargs)
-        if labels is None:
-            raise DataError(
-                "the model is called without labels",
-                where="labels",
-                why="how long an example's answer is decides its weight in the loss",
-                do="give labels to the model, or call session.expect(labels) before",
-            )
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(tokens) if mask is None else mask
-        ids = () if expected is None else expected[1]
-        return Batch(ids or ("",) * len(tokens), tokens, mask, labels)
 
     def _check_coverage(self, batch: Batch) -> None:
         """Compare the rows of every parameter with autograd, once.
@@ -379,7 +314,7 @@ class AlignedSession:
                 do="freeze them, or train other modules",
             )
 
-    def _forward(self, batch: Batch) -> _Forward:
+    def _forward(self, batch: Batch) -> ForwardPass:
         tokens = batch.input_ids
         n_tokens = (batch.labels[:, 1:] != NO_LOSS).sum(1)
         n = len(tokens)
@@ -393,7 +328,7 @@ class AlignedSession:
         is_valid = n_tokens > 0
         is_valid[n - n_aside :] = False
         # One look at the device: what is drawn here must not make the backward pass wait.
-        keys = _keys(tokens, batch.attention_mask)
+        keys = content_keys(tokens, batch.attention_mask)
         valid = is_valid.cpu()
         counts, start = [n], 0
         if self._exchange is not None:
@@ -404,17 +339,14 @@ class AlignedSession:
         n_valid = int(valid.sum())
         self._refuse_single(n_valid)
         own = 0 if self._exchange is not None else rank()
-        rng = np.random.default_rng([self._scene.seed, self._step, self._n_forwards, own, _STREAM])
-        noise = np.empty((len(self._units), len(keys)), np.float32)
-        noise[:, np.argsort(keys.numpy(), kind="stable")] = rng.gumbel(size=noise.shape)
-        if self._how.is_same_noise:
-            noise[:] = noise[:1]
-        return _Forward(
+        seed = (self._scene.seed, self._step, self._n_forwards, own, _STREAM)
+        noise = draw_noise(keys, len(self._units), seed, is_same=self._how.is_same_noise)
+        return ForwardPass(
             n=n,
             n_aside=n_aside,
             n_tokens=n_tokens,
             is_valid=is_valid,
-            noise=torch.from_numpy(noise).to(tokens.device),
+            noise=noise.to(tokens.device),
             k=_count(self._how.keep, n_valid),
             mine=slice(start, start + n),
             counts=counts,
@@ -430,17 +362,17 @@ class AlignedSession:
                 do="raise the batch size and lower the accumulation, or set keep=1.0",
             )
 
-    def _score_first(self, batch: Batch, now: _Forward) -> None:
+    def _score_first(self, batch: Batch, now: ForwardPass) -> None:
         """Two passes: measure the batch before the forward pass that trains on it."""
 
         def add(name: str, rows: Rows) -> None:
-            unit = now.scored.setdefault(self._unit[name], _Scored())
+            unit = now.scored.setdefault(self._unit[name], Scored())
             self._add(unit, name, rows, ones(rows), now)
 
         with self._apart():
             self._engine.run(batch, add)
 
-    def _replay(self, batch: Batch, now: _Forward) -> None:
+    def _replay(self, batch: Batch, now: ForwardPass) -> None:
         """Run the batch once more under each example's own mean loss, with the same dropout."""
         last = next(x for x in reversed(self._layers) if _is_active(x))
         found: list[tuple[float, str, Rows]] = []
@@ -450,13 +382,8 @@ class AlignedSession:
                 found.append((float(rows.norm2().sum()), name, DenseRows(rows.dense())))
                 found[:] = [max(found, key=lambda x: x[0])]
 
-        self._is_apart = True
-        try:
-            with torch.random.fork_rng():
-                self._engine.run(batch, keep)
-        finally:
-            self._is_apart = False
-            torch.clear_autocast_cache()
+        with torch.random.fork_rng(), self._apart(as_trained=True):
+            self._engine.run(batch, keep)
         now.replay = {name: rows for _, name, rows in found}
         now.is_half = (
             self._scene.precision != "float32"
@@ -465,7 +392,7 @@ class AlignedSession:
         )
 
     def _add(
-        self, unit: _Scored, name: str, rows: Rows, weight: Float[Tensor, " n"], now: _Forward
+        self, unit: Scored, name: str, rows: Rows, weight: Float[Tensor, " n"], now: ForwardPass
     ) -> None:
         """Add one parameter's share of alignment, norm and Gram, as if every weight were 1."""
         inverse = torch.where(weight > 0, 1 / weight, 0.0)
@@ -483,7 +410,9 @@ class AlignedSession:
         if "gram" in self._how.needs:
             unit.gram = unit.gram + gram(rows) * torch.outer(inverse, inverse)
 
-    def _deliver(self, layer: Layer, now: _Forward, rows: Mapping[str, Rows]) -> dict[str, Tensor]:
+    def _deliver(
+        self, layer: Layer, now: ForwardPass, rows: Mapping[str, Rows]
+    ) -> dict[str, Tensor]:
         """Return a layer's gradients from the examples that it picks."""
         if self._weighting is None:
             self._find_weighting(now, rows)
@@ -499,7 +428,7 @@ class AlignedSession:
         for unit, names in by_unit.items():
             scored = now.scored.get(unit)
             if scored is None:
-                scored = _Scored()
+                scored = Scored()
                 for name in names:
                     self._add(scored, name, rows[name], weight, now)
             factor = self._pick(layer, unit, scored, weight, now)
@@ -510,9 +439,9 @@ class AlignedSession:
         self,
         layer: Layer,
         unit: str,
-        scored: _Scored,
+        scored: Scored,
         weight: Float[Tensor, " n"],
-        now: _Forward,
+        now: ForwardPass,
     ) -> Float[Tensor, " n"]:
         score = torch.as_tensor(scored.score, dtype=weight.dtype, device=weight.device)
         score = score.expand(now.n)
@@ -537,7 +466,7 @@ class AlignedSession:
         picked = self._how.pick(alignments)
         factor = factors(picked, trained, self._how.aggregate, alignments)[now.mine]
         picked = picked[now.mine]
-        seen = self._seen.setdefault(layer.index, _Seen())
+        seen = self._seen.setdefault(layer.index, Seen())
         if len(seen.picked) < self._n_forwards:
             mean, spread = alignments.moments()
             # A mean loss divides every gradient by the sum of weights; the first of two passes
@@ -551,7 +480,7 @@ class AlignedSession:
             seen.tokens.append(now.n_tokens * (picked > 0))
         return factor
 
-    def _find_weighting(self, now: _Forward, rows: Mapping[str, Rows]) -> None:
+    def _find_weighting(self, now: ForwardPass, rows: Mapping[str, Rows]) -> None:
         for name in now.replay.keys() & rows.keys():
             self._weighting = detect(
                 rows[name],
@@ -571,45 +500,3 @@ def _count(keep: float | int, n: int) -> int:
 
 def _is_active(layer: Layer) -> bool:
     return any(p.requires_grad for p in layer.parameters.values())
-
-
-def _with_answers(batch: Batch) -> Batch:
-    """Give every example target tokens, as passes of our own need some; nobody reads theirs."""
-    is_empty = (batch.labels[:, 1:] == NO_LOSS).all(1)
-    labels = torch.where(is_empty[:, None], batch.input_ids, batch.labels)
-    return Batch(batch.ids, batch.input_ids, batch.attention_mask, labels)
-
-
-def _is_telling(now: _Forward) -> bool:
-    """Return whether the examples of a batch differ in length, so that weights can be told."""
-    lengths = now.n_tokens[now.is_valid]
-    return lengths.numel() > 1 and bool((lengths != lengths[0]).any())
-
-
-def _keys(tokens: Int[Tensor, "n t"], mask: Int[Tensor, "n t"]) -> Int[Tensor, " n"]:
-    """Return a number per row that depends on its real tokens only, to order a batch by."""
-    ids, is_real = tokens.cpu().numpy(), mask.cpu().numpy().astype(bool)
-    if is_real.shape != ids.shape:
-        is_real = np.ones_like(ids, bool)
-    digests = [
-        hashlib.blake2b(row[real].astype(np.int64).tobytes(), digest_size=8).digest()
-        for row, real in zip(ids, is_real, strict=True)
-    ]
-    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])
-
-
-def _refuse_packed(tokens: Tensor, kwargs: Mapping[str, Any]) -> None:
-    positions = kwargs.get("position_ids")
-    starts = 0 if positions is None else int((positions == 0).sum())
-    is_padding_free = any(kwargs.get(key) is not None for key in ("cu_seq_lens_q", "seq_idx"))
-    # Left padding repeats position 0 or 1 in front, where the mask is 0.
-    mask = kwargs.get("attention_mask")
-    if positions is not None and mask is not None and mask.shape == positions.shape:
-        starts = int(((positions == 0) & (mask > 0)).sum())
-    if is_padding_free or starts > len(tokens):
-        raise DataError(
-            "the batch is packed: one row holds several examples",
-            where="position_ids",
-            why="examples are picked one by one, and a row counts as one",
-            do="turn off packing and padding_free",
-        )
