@@ -21,7 +21,7 @@ from selectune.registry import get
 from selectune.scoring import score_pool
 from selectune.selection import Scores, Selection
 from selectune.training import TuneResult
-from selectune.training.chosen import chosen_method, fingerprint_of, reads_target
+from selectune.training.chosen import chosen_method, fingerprint_of
 
 SELECTED = "selected"
 BASE = "base"
@@ -121,7 +121,8 @@ def tune_arm(
         }
     )
     # Only what the method reads: equal trainings for several tasks are one.
-    seen = fingerprint_of(target) if reads_target(chosen_method(options)) else None
+    method = chosen_method(options)
+    seen = fingerprint_of(target) if method is not None and method.reads_target else None
     everything = digest(
         {"f": fingerprint, "t": options.model_dump(), "s": recipe.seed, "target": seen}
     )

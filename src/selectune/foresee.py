@@ -19,6 +19,7 @@ from selectune.training.chosen import chosen_method, options_of
 from selectune.training.layer_sampling import count_of
 from selectune.training.layers import trainable_layers
 from selectune.training.method import Method, Scene
+from selectune.training.picks import wanted
 from selectune.training.sources import TokenSource
 
 
@@ -95,8 +96,9 @@ def told(ground: Ground, model: nn.Module) -> list[str]:
         who = "the model" if tuning.method == "greats" else "each layer"
         of = "the pool" if method.target == "pool" else "the target"
         every = "step" if method.refresh_every == 1 else f"{method.refresh_every} steps"
+        kept = wanted(method.keep, n)
         lines.append(
-            f"            {who} learns from {_kept(method, n)} of the {n} examples of a forward "
+            f"            {who} learns from {kept} of the {n} examples of a forward "
             f"pass; {method.target_batch} examples of {of} are looked at every {every}"
         )
     return lines
@@ -119,10 +121,6 @@ def facts(tuning: TuneSection) -> dict[str, Any] | None:
     return {"name": tuning.method, "options": dict(tuning.options)}
 
 
-def _kept(method: GAST, n: int) -> int:
-    return round(method.keep * n) if isinstance(method.keep, float) else method.keep
-
-
 def _refuse_batches(method: GAST, tuning: TuneSection) -> None:
     n, keep = tuning.batch_size, method.keep
     if method.form == "concat":
@@ -141,14 +139,14 @@ def _refuse_batches(method: GAST, tuning: TuneSection) -> None:
             why="examples are picked within a forward pass",
             do="raise tune.batch_size and lower tune.accumulation, or set keep to 1.0",
         )
-    if _kept(method, n) < 1:
+    if wanted(method.keep, n) < 1:
         raise ConfigError(
             f"keep {keep} of {n} examples rounds to none",
             where="tune.options.keep",
             why=f"a forward pass has tune.batch_size = {n} examples",
             do=f"raise keep to {1 / n:.3g} or more, or raise tune.batch_size",
         )
-    if _kept(method, n) > n:
+    if wanted(method.keep, n) > n:
         raise ConfigError(
             f"keep {keep} is more than the {n} examples of a forward pass",
             where="tune.options.keep",

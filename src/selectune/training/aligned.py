@@ -39,7 +39,7 @@ from selectune.training.method import (
     refuse_other_state,
 )
 from selectune.training.pick_facts import Seen, pick_facts
-from selectune.training.picks import Aggregate, Alignments, Picker, factors
+from selectune.training.picks import Aggregate, Alignments, Picker, factors, wanted
 from selectune.training.ranks import Exchange, rank
 from selectune.training.target_gradient import TargetGradient
 from selectune.training.weighting import detect
@@ -494,8 +494,7 @@ class AlignedSession:
 
 def _count(keep: float | int, n: int) -> int:
     """Return how many of n examples are kept: a share keeps its ratio in a short batch."""
-    wanted = round(keep * n) if isinstance(keep, float) else keep
-    return min(max(1, wanted), n)
+    return min(max(1, wanted(keep, n)), n)
 
 
 def _is_active(layer: Layer) -> bool:

@@ -19,7 +19,7 @@ from selectune import files
 from selectune.data.tokens import Tokens
 from selectune.errors import CorruptFileError, IncompatibleRunError, StorageError
 from selectune.recipe import TuneSection
-from selectune.training.chosen import fingerprint_of, reads_target
+from selectune.training.chosen import fingerprint_of
 from selectune.training.method import Method
 
 KIND = "checkpoint"
@@ -48,7 +48,7 @@ def identify(
         rest: further entries, JSON values.
     """
     acting: dict[str, str] = {} if method is None else {"method": repr(method)}
-    if reads_target(method):
+    if method is not None and method.reads_target:
         acting["target"] = fingerprint_of(target)
     tuning = options.model_dump(mode="json", exclude=set(_FREE))
     packages = ["torch", "transformers", "peft", "accelerate"]

@@ -31,19 +31,6 @@ def options_of(method: Method | None) -> dict[str, Any]:
     return {field.name: getattr(method, field.name) for field in fields(method)}
 
 
-def reads_target(method: Method | None) -> bool:
-    """Return whether a method, or the sampler inside it, looks at the recipe's target examples.
-
-    An option whose value is "target" says so (`target`, `probe_from`).
-    """
-    options = options_of(method)
-    sampler, inside = options.get("sampler"), options.get("sampler_options") or {}
-    if isinstance(sampler, Method) and reads_target(sampler):
-        return True
-    values = [*options.values(), *(inside.values() if sampler is not None else ())]
-    return any(isinstance(value, str) and value == "target" for value in values)
-
-
 def fingerprint_of(items: Sequence[Tokens]) -> str:
     """Return a hash of ids, tokens and loss masks, in the order given."""
     digest = hashlib.sha256()

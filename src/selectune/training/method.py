@@ -113,6 +113,11 @@ class Method:
 
     __slots__ = ()
 
+    @property
+    def reads_target(self) -> bool:
+        """Whether the method looks at the scene's target examples."""
+        return False
+
     def start(self, scene: Scene) -> Session:
         """Hook the method onto a model.
 

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selectune.errors import ConfigError, CorruptFileError, IncompatibleRunError
 from selectune.training.method import MAX_LENGTH, BatchSource, Method, Scene, Session, Weighting
+from selectune.training.reporters import Reporters
 from selectune.training.sources import CollatedSource, Indexed
 from selectune.training.trainer_arguments import refuse_arguments
 
@@ -60,6 +61,7 @@ class MethodCallback(TrainerCallback):
         self.records: list[tuple[int, dict[str, Any]]] = []
         self._model: nn.Module | None = None
         self._training: TrainerState | None = None
+        self._reporters: Reporters | None = None
 
     def close(self) -> None:
         """Take the method off the model; after an exception nobody else does."""
@@ -68,7 +70,7 @@ class MethodCallback(TrainerCallback):
             self.session = None
         if self._model is not None:
             vars(self._model).pop(_MARK, None)
-        self._model = self._training = None
+        self._model = self._training = self._reporters = None
 
     def on_init_end(
         self,
@@ -118,12 +120,13 @@ class MethodCallback(TrainerCallback):
         self._model, self._training = model, state
         vars(model)[_MARK] = self
         self.records = []
-        if state.global_step:
-            try:
+        try:
+            if state.global_step:
                 self._load(_resumed(args, state), state)
-            except BaseException:
-                self.close()
-                raise
+            self._reporters = Reporters(args, state, control)
+        except BaseException:
+            self.close()
+            raise
 
     def on_step_begin(
         self,
@@ -150,6 +153,19 @@ class MethodCallback(TrainerCallback):
         if self.log is not None:
             self.log(state.global_step, facts)
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Report the step that the trainer has just reported."""
+        if self._reporters is None or not self.records or self.records[-1][0] != state.global_step:
+            return
+        layers = next((facts["layers"] for _, facts in self.records if "layers" in facts), [])
+        self._reporters.tell(self.records[-1][1], layers, args, state, control)
+
     def on_save(
         self,
         args: TrainingArguments,
@@ -160,7 +176,7 @@ class MethodCallback(TrainerCallback):
         """Put the method's state into the checkpoint just written."""
         if self.session is None or not state.is_world_process_zero:
             return
-        folder = Path(cast("str", args.output_dir)) / f"checkpoint-{state.global_step}"
+        folder = Path(cast("str", args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if folder.is_dir():
             facts, tensors = self.session.state()
             saved = {"facts": facts, "tensors": sorted(tensors), "records": self.records}

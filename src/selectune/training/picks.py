@@ -65,6 +65,11 @@ def _moments(
     return mean, ((score - mean).where(is_valid, 0.0).square().sum() / n).sqrt()
 
 
+def wanted(keep: float | int, n: int) -> int:
+    """Return how many of n examples an option `keep` asks for, which may be none."""
+    return round(keep * n) if isinstance(keep, float) else keep
+
+
 Picker = Callable[[Alignments], Float[Tensor, " n"]]
 
 

@@ -92,6 +92,13 @@ class GAST(Method):
         dict[str, Any] | None, Field(description="options of the layer sampler")
     ] = None
 
+    @property
+    def reads_target(self) -> bool:
+        """Whether the method, or the sampler inside it, looks at the scene's target examples."""
+        sampler = layer_sampler(self)
+        is_aim = isinstance(self.target, str) and self.target == "target"
+        return is_aim or (sampler is not None and sampler.reads_target)
+
     def callback(self, *, seed: int | None = None) -> TrainerCallback:
         """Return the method as a callback; see `Method.callback`.
 
@@ -153,7 +160,7 @@ def start(options: GAST, scene: Scene, *, is_shared: bool) -> AlignedSession:
         for f in fields(options)
         if f.name not in {"target", "sampler"}
     }
-    sampler = _sampler(options)
+    sampler = layer_sampler(options)
     about["sampler"] = None if sampler is None else repr(sampler)
     if options.loss_weighting != "auto":
         scene = replace(scene, weighting=options.loss_weighting)
@@ -185,7 +192,12 @@ def start(options: GAST, scene: Scene, *, is_shared: bool) -> AlignedSession:
         raise
 
 
-def _sampler(options: GAST) -> Method | None:
+def layer_sampler(options: GAST) -> Method | None:
+    """Return the layer sampler that the options give or name, None without one.
+
+    Raises:
+        ConfigError: no such sampler, or a wrong option of it.
+    """
     if options.sampler is None or isinstance(options.sampler, Method):
         return options.sampler
     entry = get("training_method", str(options.sampler), where="sampler")

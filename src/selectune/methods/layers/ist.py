@@ -90,6 +90,11 @@ class IST(Method):
     hold: Hold = 1
     merge: Merge = False
 
+    @property
+    def reads_target(self) -> bool:
+        """Whether probes look at the scene's target examples."""
+        return self.probe_from == "target"
+
     def start(self, scene: Scene) -> Session:
         """Take hold of the layers.
 
