@@ -8,6 +8,7 @@ SFTTrainer(model, args, train_dataset=picks.examples(pool)).train()
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from selectune import weights
     from selectune.api import score, select
     from selectune.errors import SelectuneError
     from selectune.methods.data_layer.gast import GAST
@@ -16,13 +17,20 @@ if TYPE_CHECKING:
     from selectune.methods.layers.lisa import LISA
     from selectune.methods.layers.ows import OWS
     from selectune.methods.layers.rst import RST
+    from selectune.methods.sparse.spiel_ag import SpielAG
+    from selectune.methods.sparse.spiel_ma import SpielMA
     from selectune.selection import Scores, Selection
+    from selectune.training.sparse import sparsify
+    from selectune.weights.merging import merge, unmerge
 
 # Names are looked up on first use: `selectune --help` imports this package, and must not wait for
 # torch.
 _HOMES = {
+    "merge": "selectune.weights.merging",
     "score": "selectune.api",
     "select": "selectune.api",
+    "sparsify": "selectune.training.sparse",
+    "unmerge": "selectune.weights.merging",
     "Scores": "selectune.selection",
     "Selection": "selectune.selection",
     "SelectuneError": "selectune.errors",
@@ -32,6 +40,8 @@ _HOMES = {
     "LISA": "selectune.methods.layers.lisa",
     "OWS": "selectune.methods.layers.ows",
     "RST": "selectune.methods.layers.rst",
+    "SpielAG": "selectune.methods.sparse.spiel_ag",
+    "SpielMA": "selectune.methods.sparse.spiel_ma",
 }
 __all__ = [
     "GAST",
@@ -43,14 +53,22 @@ __all__ = [
     "Scores",
     "Selection",
     "SelectuneError",
+    "SpielAG",
+    "SpielMA",
+    "merge",
     "score",
     "select",
+    "sparsify",
+    "unmerge",
+    "weights",
 ]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    if name not in _HOMES:
-        raise AttributeError(f"module 'selectune' has no attribute {name!r}")
     import importlib
 
+    if name == "weights":
+        return importlib.import_module("selectune.weights")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'selectune' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

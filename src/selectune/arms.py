@@ -1,27 +1,26 @@
-"""The arms of a run: the selection, its controls and the base; each tuned, then evaluated."""
+"""The arms of a run: the selection and its controls, each tuned on what was chosen."""
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from selectune.adapters import add_adapter, load_tuned
+from selectune.adapters import load_tuned
 from selectune.data import Example, near_duplicates
-from selectune.evaluation import Evaluation, evaluate
-from selectune.files import KillPoint, kill_point, open_dir, staged
+from selectune.equip import adapter_of, equip, mask_digest
 from selectune.ground import Ground, digest
 from selectune.methods.rules import Budget, select, target_columns
-from selectune.models import Base
-from selectune.recipe import TuneSection
+from selectune.recipe import AdapterSection, TuneSection
 from selectune.recipe_methods import FULL
 from selectune.registry import get
 from selectune.scoring import score_pool
 from selectune.selection import Scores, Selection
 from selectune.training import TuneResult
 from selectune.training.chosen import chosen_method, fingerprint_of
+from selectune.weights.mask import WeightMask
 
 SELECTED = "selected"
 BASE = "base"
@@ -35,10 +34,24 @@ class TunedArm:
     path: Path
     n_examples: int
     result: TuneResult
+    mask: WeightMask | None = None  # of single weights that trained
+    plane: Mapping[str, Any] | None = None  # where these lie among all
 
 
-def choose(ground: Ground, scores: Scores, fingerprint: str) -> Selection:
+def choose(
+    ground: Ground,
+    scores: Scores,
+    fingerprint: str,
+    *,
+    quotas: Mapping[str, tuple[float, float]] | None = None,
+) -> Selection:
     """Fill the recipe's budget from scores.
+
+    Args:
+        ground: of the run.
+        scores: of its candidates.
+        fingerprint: of what the scores were made from.
+        quotas: in place of the recipe's.
 
     Raises:
         SelectionError: the budget, a quota or the rule cannot be met.
@@ -55,7 +68,7 @@ def choose(ground: Ground, scores: Scores, fingerprint: str) -> Selection:
         Budget.of(section.budget, len(scores)),
         sources={i: by_id[i].source for i in scores.ids},
         n_tokens=lengths,
-        quotas=section.quotas,
+        quotas=section.quotas if quotas is None else quotas,
         dropped=ground.dropped,
         is_near=_NearCopies(by_id, scores, section.near_duplicates)
         if section.near_duplicates is not None
@@ -92,7 +105,7 @@ def control_selection(ground: Ground, name: str) -> Selection:
 def tune_arm(
     ground: Ground, name: str, selection: Selection, *, tuning: TuneSection | None = None
 ) -> TunedArm:
-    """Train a fresh adapter on a selection, or resume, or read what is finished.
+    """Train a fresh adapter or single weights on a selection; resume, or read what is there.
 
     Args:
         ground: of the run.
@@ -107,15 +120,24 @@ def tune_arm(
     recipe = ground.recipe
     options = tuning or recipe.tune
     base = ground.base()
-    model = add_adapter(base.model, recipe.adapter, seed=recipe.seed)
     target = [t for task in ground.tasks for t in ground.tokens.targets[task]]
     # In the pool's order: equal sets train equally, whatever ranked them.
     chosen = set(selection.ids)
     items = [t for t in ground.tokens.pool if t.id in chosen]
+
+    def fine_tune() -> nn.Module:
+        changes = {"adapter": AdapterSection(kind="full"), "weights": None}
+        everything = options.plainly().model_copy(update=changes)
+        arm = tune_arm(ground, f"{name} before its mask", selection, tuning=everything)
+        return load_tuned(ground.base(), arm.path)
+
+    equipped = equip(ground, base, items, options, name=name, fine_tune=fine_tune)
+    adapter = adapter_of(ground, options)
     fingerprint = digest(
         {
             "base": base.fingerprint,
-            "adapter": recipe.adapter.model_dump(),
+            "adapter": None if adapter is None else adapter.model_dump(),
+            "mask": mask_digest(equipped.mask),
             "examples": hashlib.sha256("\n".join(t.id for t in items).encode()).hexdigest(),
             "tokens": ground.tokens.fingerprint,
         }
@@ -129,7 +151,7 @@ def tune_arm(
     path = ground.place("tune", f"tune/{name}", everything)
     result = ground.train(
         base,
-        model,
+        equipped.model,
         items,
         options,
         path=path,
@@ -138,74 +160,4 @@ def tune_arm(
         target=target,
     )
     ground.costs[f"tune {name}"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
-    return TunedArm(name, result.path, len(items), result)
-
-
-def evaluate_arm(
-    ground: Ground, name: str, path: Path | None, questions: Mapping[str, Sequence[Example]]
-) -> dict[str, Evaluation]:
-    """Return an arm's answers to held-out examples, by task.
-
-    Args:
-        ground: of the run.
-        name: of the arm, for progress and prices.
-        path: of the tuned adapter; None for the untouched base.
-        questions: examples by task.
-    """
-    recipe, section = ground.recipe, ground.recipe.evaluate
-    loaded: tuple[Base, nn.Module] | None = None
-    found: dict[str, Evaluation] = {}
-    for task, examples in questions.items():
-        asked = list(examples)[: section.limit]
-        fingerprint = digest(
-            {
-                "model": _content(ground, path),
-                "ids": [e.id for e in asked],
-                "options": [list(e.options) for e in asked],
-                "max_length": recipe.data.max_length,
-                "dtype": recipe.model.dtype,
-                "token_budget": section.token_budget,
-            }
-        )
-        folder = ground.place("evaluation", f"evaluation/{name}-{task}", fingerprint)
-        step = f"evaluate {name}"
-        if ground.is_done(folder, "evaluation", fingerprint):
-            ground.recall(step, folder)
-            opened = open_dir(folder, kind="evaluation")
-            left_out: list[str] = opened.read_json("left_out.json")
-            found[task] = Evaluation(opened.read_table("answers.parquet"), tuple(left_out))
-            continue
-        if loaded is None:
-            base = ground.base()
-            loaded = base, base.model if path is None else load_tuned(base, path)
-        base, model = loaded
-        n = sum(max(1, len(e.options)) for e in asked)
-        with (
-            ground.charge(step, folder),
-            ground.progress.phase(f"evaluate {name} on {task}", n, "answers") as advance,
-        ):
-            answers = evaluate(
-                model,
-                asked,
-                base.tokenizer,
-                max_length=recipe.data.max_length,
-                pad_id=base.pad_id,
-                device=base.device.type,
-                precision=base.precision,
-                token_budget=section.token_budget,
-                advance=advance,
-            )
-            with staged(folder, kind="evaluation", meta={"fingerprint": fingerprint}) as stage:
-                stage.write_table("answers.parquet", answers.table)
-                stage.write_json("left_out.json", list(answers.left_out))
-        kill_point(KillPoint.EVALUATE_DONE)
-        found[task] = answers
-    return found
-
-
-def _content(ground: Ground, path: Path | None) -> str:
-    """Return what stands for a model's weights: the base's name, or the adapter's manifest."""
-    if path is None:
-        return f"base {ground.base_fingerprint}"
-    identity = open_dir(path, kind="adapter").meta["identity"]
-    return json.dumps(identity, sort_keys=True)
+    return TunedArm(name, result.path, len(items), result, equipped.mask, equipped.plane)

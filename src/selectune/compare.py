@@ -8,6 +8,8 @@ With `matrix.tune`, learning rate and epochs are chosen for each method and task
 answer loss on a half of the target examples that neither selection nor training sees; the choice is
 made on the first seed and kept for all. Held-out examples are never read for it. Rows may differ in
 how they choose examples, in how they train (`tune`), or in both.
+
+With `matrix.transfer` every model is trained on one task's own examples and tested on all tasks.
 """
 
 import hashlib
@@ -20,11 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from selectune.arms import BASE, TunedArm, choose, control_selection, evaluate_arm, tune_arm
+from selectune.answered import evaluate_arm, generate_arm
+from selectune.arms import BASE, TunedArm, choose, control_selection, tune_arm
 from selectune.comparison import RANDOM, Cell, ComparisonTable, make_rows
 from selectune.data import Example, content_key
 from selectune.errors import ConfigError, DataError
-from selectune.evaluation import Evaluation
+from selectune.evaluation import Evaluation, Generation
+from selectune.evaluation.transfer import Scoring
 from selectune.files import lock, sweep, write_file
 from selectune.foresee import refuse_unworkable
 from selectune.ground import Ground, digest
@@ -35,6 +39,7 @@ from selectune.recipe_methods import FULL
 from selectune.record import Record
 from selectune.scoring import score_pool
 from selectune.selection import Selection
+from selectune.transfer_table import TransferRow, transfer_rows
 
 Tasks = tuple[str, ...]
 
@@ -50,6 +55,10 @@ class _Grid:
         self._grounds: dict[int, Ground] = {}
         self._settings: dict[tuple[str, Tasks], tuple[float, int]] = {}
         self.tried: list[dict[str, Any]] = []
+        self.away: dict[Scoring, dict[tuple[str, str, str, int], Evaluation | Generation]] = {
+            "likelihood": {},
+            "generated": {},
+        }
         self._aside: dict[str, list[Example]] = {}
         first = self.ground(matrix.seeds[0])
         self.tasks = list(matrix.targets) or list(first.prepared.targets)
@@ -112,7 +121,11 @@ class _Grid:
         """Return how a method's row is trained with one setting."""
         changes: dict[str, Any] = {"learning_rate": lr, "epochs": epochs}
         if method.tune is not None:
-            changes |= {"method": method.tune.method, "options": method.tune.options}
+            own = method.tune
+            changes |= {"method": own.method, "options": own.options}
+            # A row that trains something of its own does so alone.
+            if own.adapter is not None or own.weights is not None:
+                changes |= {"adapter": own.adapter, "weights": own.weights}
         return self.recipe.tune.model_copy(update=changes)
 
     def select(self, method: MatrixMethod, tasks: Tasks, seed: int) -> Selection:
@@ -121,7 +134,28 @@ class _Grid:
         if method.method == FULL:
             return control_selection(ground, FULL)
         ground.focus(tasks)
-        return choose(ground, score_pool(ground, method.method, dict(method.options)), "")
+        scores = score_pool(ground, method.method, dict(method.options))
+        return choose(ground, scores, "", quotas=self._quotas(tasks) if self.transfers else None)
+
+    @property
+    def transfers(self) -> bool:
+        """Whether models are tested on the tasks that they were not trained on."""
+        return self.matrix.transfer
+
+    def _quotas(self, tasks: Tasks) -> dict[str, tuple[float, float]]:
+        """Return quotas that leave the tasks' own examples alone."""
+        prepared = self.ground(self.matrix.seeds[0]).prepared
+        own = {e.source for task in tasks for e in prepared.targets[task]}
+        known = set(prepared.sources.values())
+        if not own & known:
+            raise DataError(
+                f"the pool has no examples of {', '.join(tasks)} to train on",
+                where="matrix.transfer",
+                why=f"its sources are {', '.join(sorted(known))}, those of the target "
+                f"{', '.join(sorted(own))}",
+                do='give pool and target rows the same "source"',
+            )
+        return {source: (0.0, 1.0 if source in own else 0.0) for source in known}
 
     def train(
         self,
@@ -183,8 +217,13 @@ class _Grid:
         label = " ".join([method.name, *(tasks if len(tasks) == 1 else ()), f"seed {seed}"])
         selection, arm = self.train(method, tasks, seed, setting, label)
         prepared = self.ground(seed).prepared
-        questions = {task: prepared.heldout[task] for task in tasks}
+        tested = self.tasks if self.transfers else tasks
+        questions = {task: prepared.heldout[task] for task in tested}
         answers = evaluate_arm(self.ground(seed), label, arm.path, questions)
+        self._keep(method, tasks, seed, answers, "likelihood")
+        if self.recipe.evaluate.generate:
+            written = generate_arm(self.ground(seed), label, arm.path, questions)
+            self._keep(method, tasks, seed, written, "generated")
         sources = [prepared.sources[i] for i in selection.ids]
         known = set(prepared.sources.values())
         found: dict[str, Cell] = {}
@@ -200,6 +239,41 @@ class _Grid:
                 peak_bytes=arm.result.peak_bytes if self.is_measured else None,
             )
         return found
+
+    def _keep(
+        self,
+        method: MatrixMethod,
+        tasks: Tasks,
+        seed: int,
+        answers: Mapping[str, Evaluation | Generation],
+        scoring: Scoring,
+    ) -> None:
+        if self.transfers:
+            for tested, found in answers.items():
+                self.away[scoring][method.name, tasks[0], tested, seed] = found
+
+    def transfer_table(self, bases: Mapping[str, Evaluation]) -> list[TransferRow]:
+        """Return what training on one task did to the others; nothing unless asked for."""
+        if not self.transfers:
+            return []
+        ground = self.ground(self.matrix.seeds[0])
+        untouched: dict[Scoring, Mapping[str, Evaluation | Generation]] = {"likelihood": bases}
+        if self.recipe.evaluate.generate:
+            questions = {task: ground.prepared.heldout[task] for task in self.tasks}
+            untouched["generated"] = generate_arm(ground, BASE, None, questions)
+        return [
+            row
+            for scoring, base in untouched.items()
+            for row in transfer_rows(
+                self.away[scoring],
+                base,
+                scoring=scoring,
+                methods=[method.name for method in self.methods],
+                seeds=self.matrix.seeds,
+                reference=RANDOM,
+                n_boot=self.recipe.evaluate.intervals,
+            )
+        ]
 
     @property
     def is_measured(self) -> bool:
@@ -245,7 +319,7 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
             seeds=matrix.seeds,
             n_boot=recipe.evaluate.intervals,
         )
-        table = ComparisonTable(rows, out, costs, grid.tried)
+        table = ComparisonTable(rows, out, costs, grid.tried, grid.transfer_table(bases))
         write_file(out / "table.json", json.dumps(table.to_json(), indent=1).encode())
         write_file(out / "table.csv", table.to_csv().encode())
         write_file(out / "table.md", ("\n".join(table.lines()[:-2]) + "\n").encode())

@@ -12,6 +12,8 @@ import numpy as np
 from selectune.arms import BASE
 from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds
 from selectune.run import together
+from selectune.tables import aligned
+from selectune.transfer_table import TransferRow, transfer_lines
 
 RANDOM = "random"
 ALL_TASKS = "mean"  # the row over all tasks together
@@ -116,17 +118,22 @@ class ComparisonTable:
         out: where `table.json`, `table.csv` and `table.md` lie.
         costs: seconds of each shared piece, by seed and step.
         tried: answer loss on the targets held aside, by method, tasks and setting.
+        transfers: what tuning on one task did to the others, where that was asked for.
     """
 
     rows: tuple[Row, ...]
     out: Path
     costs: Mapping[str, Any]
     tried: Sequence[Mapping[str, Any]] = ()
+    transfers: Sequence[TransferRow] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
         rows = [row.to_json() for row in self.rows]
-        return {"rows": rows, "costs": dict(self.costs), "tried": [dict(t) for t in self.tried]}
+        found = {"rows": rows, "costs": dict(self.costs), "tried": [dict(t) for t in self.tried]}
+        if self.transfers:
+            found["transfer"] = [row.to_json() for row in self.transfers]
+        return found
 
     def lines(self) -> list[str]:
         """Return it as a Markdown table, widths aligned."""
@@ -153,9 +160,10 @@ class ComparisonTable:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[k]) for line in (head, *body)) for k in range(len(head))]
-        table = [_markdown(line, widths) for line in (head, tuple("-" * w for w in widths), *body)]
-        return [*table, "", f"table: {self.out / 'table.md'}, {self.out / 'table.json'}"]
+        lines = aligned(head, body)
+        if self.transfers:
+            lines += ["", *transfer_lines(self.transfers)]
+        return [*lines, "", f"table: {self.out / 'table.md'}, {self.out / 'table.json'}"]
 
     def to_csv(self) -> str:
         """Return it as CSV, an interval as three columns."""
@@ -294,7 +302,3 @@ def _told(interval: Interval | None) -> str:
         return "-"
     mean, low, high = interval.mean_difference, interval.low, interval.high
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def _markdown(line: Sequence[str], widths: Sequence[int]) -> str:
-    return "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"

@@ -1,13 +1,15 @@
 """What a training method will do to a model, and whether it can, told before weights are loaded."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from selectune.adapters import add_adapter
+from selectune.equip import adapter_of, scorer_of
 from selectune.errors import ConfigError
 from selectune.ground import Ground
 from selectune.methods.data_layer.gast import GAST
@@ -16,23 +18,68 @@ from selectune.recipe import TuneSection
 from selectune.recipe_methods import PLAIN
 from selectune.registry import get
 from selectune.training.chosen import chosen_method, options_of
-from selectune.training.layer_sampling import count_of
+from selectune.training.layer_sampling import count_of as layers_of
 from selectune.training.layers import trainable_layers
 from selectune.training.method import Method, Scene
 from selectune.training.picks import wanted
 from selectune.training.sources import TokenSource
+from selectune.weights.budget import count_of, sizes_of
+from selectune.weights.eligible import eligible_weights
 
 
-def outline(ground: Ground) -> tuple[nn.Module, int]:
-    """Return a run's model with its adapter, as shapes only, and the size of its base.
+@dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """A model that will be trained, as shapes only.
+
+    Attributes:
+        model: with its adapter; single weights that train are frozen in it.
+        n_base: weights of the base.
+        eligible: entries of every tensor that single weights may be chosen from, by name.
+        n_weights: how many of them train.
+    """
+
+    model: nn.Module
+    n_base: int
+    eligible: Mapping[str, int] = field(default_factory=dict[str, int])
+    n_weights: int = 0
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Numbers that train, by tensor; single weights by what they are chosen from."""
+        found = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad}
+        if self.n_weights:
+            chosen_from = f"of {sum(self.eligible.values()):,} in {len(self.eligible)} matrices"
+            found = {f"single weights, {chosen_from}": self.n_weights, **found}
+        return found
+
+
+def outline(ground: Ground, tuning: TuneSection | None = None) -> Outline:
+    """Return what a run trains, as shapes only.
+
+    Args:
+        ground: of the run.
+        tuning: how it is trained; None for the model that gradients are taken of.
 
     Raises:
-        SelectionError: the recipe names a module or a layer that the model has not.
+        SelectionError: the recipe names a module, a layer or a weight that the model has not.
+        ConfigError: no such scorer of weights, or a wrong option.
     """
+    recipe = ground.recipe
+    adapter = recipe.adapter if tuning is None else adapter_of(ground, tuning)
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(load_config(ground.assets.model))
+        bare = cast("nn.Module", AutoModelForCausalLM.from_config(load_config(ground.assets.model)))
         n_base = sum(p.numel() for p in bare.parameters())
-        return add_adapter(bare, ground.recipe.adapter, seed=ground.recipe.seed), n_base
+        eligible: dict[str, int] = {}
+        n_weights = 0
+        if tuning is not None and tuning.weights is not None:
+            scorer = scorer_of(tuning.weights, seed=recipe.seed)
+            found = scorer.narrow(eligible_weights(bare, scorer.eligible))
+            eligible = {name: weight.parameter.numel() for name, weight in found.items()}
+            n_weights = count_of(scorer.budget, sizes_of(bare, found, scorer.lora_modules))
+        for p in bare.parameters():
+            p.requires_grad_(False)
+        model = bare if adapter is None else add_adapter(bare, adapter, seed=recipe.seed)
+    return Outline(model, n_base, eligible, n_weights)
 
 
 def refuse_unworkable(ground: Ground, tunings: Sequence[TuneSection]) -> None:
@@ -48,12 +95,15 @@ def refuse_unworkable(ground: Ground, tunings: Sequence[TuneSection]) -> None:
     tried: list[Method] = []
     for tuning in tunings:
         method = chosen_method(tuning)
+        found = outline(ground, tuning)
         if method is None or method in tried:
             continue
-        tried.append(method)
         if isinstance(method, GAST):
             _refuse_batches(method, tuning)
-        recipe, (model, _) = ground.recipe, outline(ground)
+        if tuning.weights is not None:
+            continue  # which layers train is known when the weights are chosen
+        tried.append(method)
+        recipe, model = ground.recipe, found.model
         pool = TokenSource(list(ground.tokens.pool), pad_id=0)
         targets = [t for task in ground.tasks for t in ground.tokens.targets[task]]
         scene = Scene(
@@ -84,13 +134,15 @@ def told(ground: Ground, model: nn.Module) -> list[str]:
         return []
     entry = get("training_method", tuning.method)
     options = ", ".join(f"{key} {value}" for key, value in tuning.options.items())
-    n_layers = len(trainable_layers(model))
     lines = [
         f"method      {tuning.method}: {entry.summary}",
-        f"            {options or 'all options at their defaults'}; {n_layers} layers train",
+        f"            {options or 'all options at their defaults'}",
     ]
-    if (layers := options_of(method).get("layers")) is not None:
-        lines[-1] += f", {count_of(layers, n_layers)} at a time"
+    if tuning.weights is None:
+        n_layers = len(trainable_layers(model))
+        lines[-1] += f"; {n_layers} layers train"
+        if (layers := options_of(method).get("layers")) is not None:
+            lines[-1] += f", {layers_of(layers, n_layers)} at a time"
     if isinstance(method, GAST):
         n = tuning.batch_size
         who = "the model" if tuning.method == "greats" else "each layer"

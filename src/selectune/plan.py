@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from selectune import foresee
 from selectune.data import preview
-from selectune.foresee import outline, refuse_unworkable
+from selectune.equip import adapter_of, scorer_of
+from selectune.foresee import Outline, outline, refuse_unworkable
 from selectune.ground import Ground
 from selectune.methods.rules import Budget
 from selectune.models import blocks, choose_device, choose_precision, load_config
@@ -58,15 +58,15 @@ def make_plan(ground: Ground) -> Plan:
     device = choose_device(recipe.model.device)
     precision = choose_precision(recipe.model.dtype, device)
     config = load_config(ground.assets.model)
-    model, n_base = outline(ground)
+    found, scored = outline(ground, recipe.tune), outline(ground)
     refuse_unworkable(ground, [recipe.tune])
-    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    n_trained = sum(trained.values())
+    trained, n_base = found.trained, found.n_base
+    n_trained, n_scored = sum(trained.values()), sum(scored.trained.values())
     pool = ground.tokens.pool
     budget = Budget.of(recipe.select.budget, len(pool), int(pool.lengths.sum()))
     n_chosen = budget.examples or round((budget.tokens or 0) / max(1.0, float(pool.lengths.mean())))
-    memory = _memory(ground, model, config, precision, n_base, n_trained)
-    seconds = _seconds(ground, config, device, precision, n_base, n_chosen)
+    memory = _memory(ground, found, config, precision)
+    seconds = _seconds(ground, config, device, precision, found, n_chosen)
     facts = {
         "device": str(device),
         "precision": precision,
@@ -84,23 +84,25 @@ def make_plan(ground: Ground) -> Plan:
         "trainable": {"parameters": n_trained, "tensors": len(trained), "of": n_base},
         "method": foresee.facts(recipe.tune),
         "memory_bytes": memory,
-        "disk_bytes": _disk(ground, n_trained),
+        "disk_bytes": _disk(ground, n_scored, n_trained),
         "seconds": seconds,
     }
-    return Plan(facts, _lines(ground, facts, trained, foresee.told(ground, model)))
+    return Plan(facts, _lines(ground, facts, trained, foresee.told(ground, found.model)))
 
 
 def _memory(
     ground: Ground,
-    model: nn.Module,
+    found: Outline,
     config: Any,  # noqa: ANN401
     precision: str,
-    n_base: int,
-    n_trained: int,
 ) -> dict[str, int]:
     recipe = ground.recipe
     size = 2 if precision == "bfloat16" else 4
     held = 4 if recipe.adapter.kind == "full" else size
+    is_full = _trains_all(ground)
+    n_adapter = sum(found.trained.values()) - found.n_weights
+    largest = max(found.eligible.values(), default=0)
+    scorer = None if recipe.tune.weights is None else scorer_of(recipe.tune.weights, seed=0)
     lengths = ground.tokens.pool.lengths
     # The longest examples make up the widest batch of both passes.
     step = sorted(lengths.tolist())[-recipe.tune.batch_size :]
@@ -109,23 +111,34 @@ def _memory(
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     per_token = _SAVED_PER_HIDDEN * hidden + _SAVED_PER_INNER * inner
     share = float(ground.tokens.pool.n_targets.sum() / max(1, lengths.sum()))
-    return {
+    memory = {
         "libraries": _LIBRARIES_BYTES,
-        "base weights": held * (n_base - (n_trained if recipe.adapter.kind == "full" else 0)),
-        "trainable weights, gradients, AdamW": 16 * n_trained,
-        "saved activations": size * len(blocks(model)) * per_token * tokens,
+        "base weights": held * (found.n_base - (n_adapter if is_full else 0)),
+        "trainable weights, gradients, AdamW": 16 * (n_adapter + found.n_weights),
+        "saved activations": size * len(blocks(found.model)) * per_token * tokens,
         "logits at target positions": round(10 * tokens * share * int(config.vocab_size)),
     }
+    if found.n_weights:
+        memory["places and base values of single weights"] = (4 + size) * found.n_weights
+        memory["dense gradient of one matrix"] = size * largest
+    if scorer is not None and scorer.entry.needs:
+        memory["evidence on weights, until they are chosen"] = 4 * sum(found.eligible.values())
+    return memory
 
 
-def _disk(ground: Ground, n_trained: int) -> dict[str, int]:
+def _trains_all(ground: Ground) -> bool:
+    adapter = adapter_of(ground, ground.recipe.tune)
+    return adapter is not None and adapter.kind == "full"
+
+
+def _disk(ground: Ground, n_scored: int, n_trained: int) -> dict[str, int]:
     recipe = ground.recipe
     n_targets = sum(len(t) for t in ground.tokens.targets.values())
     needs = get("data_scorer", recipe.score.method).needs
     gradients = "gradients" in needs
     arms = 1 + len(recipe.tune.controls)
     return {
-        "target gradients, until the pass is done": 4 * n_targets * n_trained * gradients,
+        "target gradients, until the pass is done": 4 * n_targets * n_scored * gradients,
         "store": 4 * len(ground.tokens.pool) * (n_targets + 8) * gradients,
         "adapters and checkpoints": arms * n_trained * (4 + 12 * recipe.tune.keep_checkpoints),
     }
@@ -136,7 +149,7 @@ def _seconds(
     config: Any,  # noqa: ANN401
     device: torch.device,
     precision: str,
-    n_base: int,
+    outlined: Outline,
     n_chosen: int,
 ) -> dict[str, float]:
     recipe, pool = ground.recipe, ground.tokens.pool
@@ -144,7 +157,9 @@ def _seconds(
     mean = float(pool.lengths.mean())
     # 2 per weight and token forward, as many for the gradient of the activations; twice that again
     # where the weights themselves train.
-    per_example = mean * n_base * (6 if recipe.adapter.kind == "full" else 4) / rate
+    one_way = mean * outlined.n_base * 2 / rate
+    per_example = one_way * (3 if recipe.adapter.kind == "full" else 2)
+    per_trained = one_way * (3 if _trains_all(ground) or outlined.n_weights else 2)
     needs = get("data_scorer", recipe.score.method).needs
     found: dict[str, float] = {}
     warms_up = "gradients" in needs and recipe.model.adapter is None
@@ -154,18 +169,22 @@ def _seconds(
     if "gradients" in needs:
         found["gradients"] = len(pool) * per_example
     if "losses" in needs:
-        found["base losses"] = len(pool) * per_example / 2
+        found["base losses"] = len(pool) * one_way
     n_runs = {"selected": n_chosen}
     n_runs |= {c: len(pool) if c == FULL else n_chosen for c in recipe.tune.controls}
+    if recipe.tune.weights is not None:
+        scorer = scorer_of(recipe.tune.weights, seed=0)
+        if scorer.entry.needs:
+            found["weights"] = len(n_runs) * min(n_chosen, scorer.examples) * per_trained
     for arm, n in n_runs.items():
         work = 1 + (0 if arm == PLAIN else foresee.extra_work(recipe.tune))
-        found[f"tune {arm}"] = n * recipe.tune.epochs * per_example * work
+        found[f"tune {arm}"] = n * recipe.tune.epochs * per_trained * work
     answers = sum(
         max(1, len(e.options))
         for examples in ground.prepared.heldout.values()
         for e in list(examples)[: recipe.evaluate.limit]
     )
-    found["evaluate"] = (len(n_runs) + 1) * answers * per_example / 2
+    found["evaluate"] = (len(n_runs) + 1) * answers * one_way
     return {name: round(value, 1) for name, value in found.items()}
 
 

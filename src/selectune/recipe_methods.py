@@ -10,6 +10,7 @@ from selectune.recipe_file import Tree
 
 if TYPE_CHECKING:
     from selectune.recipe import Recipe
+    from selectune.recipe_sections import TuneChoice, TuneSection
 
 FULL = "full"  # the whole pool, where a scorer could be named
 PLAIN = "plain"  # no method, where a training method could be named
@@ -26,7 +27,7 @@ def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
     for i, name in enumerate(recipe.tune.controls):
         if name != PLAIN:
             found += _scorer(("tune", "controls", i), name, None, tree)
-    found += _training(("tune", "method"), recipe.tune.method, recipe.tune.options, tree)
+    found += _training(("tune",), recipe.tune, tree)
     for i, row in enumerate(matrix):
         path = ("matrix", "methods", i)
         if isinstance(row, str):
@@ -34,7 +35,7 @@ def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             continue
         found += _scorer((*path, "method"), row.method, row.options, tree)
         if row.tune is not None:
-            found += _training((*path, "tune", "method"), row.tune.method, row.tune.options, tree)
+            found += _training((*path, "tune"), row.tune, tree)
     return found
 
 
@@ -59,6 +60,42 @@ def _scorer(
 
 
 def _training(
+    path: words.Path, section: "TuneSection | TuneChoice", tree: Tree
+) -> list[ConfigError]:
+    """Return what is wrong with the names in a section that says how something is trained."""
+    found = _method((*path, "method"), section.method, section.options, tree)
+    if section.weights is None:
+        return found
+    # This imports torch and transformers: only where single weights train.
+    home = (*path, "weights")
+    names = [entry.name for entry in registry.methods("weight_scorer")]
+    if section.weights.method not in names:
+        found.append(
+            ConfigError(
+                f'"{section.weights.method}" is no scorer of weights',
+                where=tree.where((*home, "method")),
+                why=f"known are: {', '.join(names)}",
+                do=nearest(section.weights.method, names),
+            )
+        )
+        return found
+    entry = registry.get("weight_scorer", section.weights.method)
+    options = dict(section.weights.options)
+    if section.weights.density is not None:
+        if "density" in options:
+            found.append(
+                ConfigError(
+                    "density stands twice",
+                    where=tree.where((*home, "options", "density")),
+                    why="weights.density says it already",
+                    do='remove "density" from the options',
+                )
+            )
+        options["density"] = section.weights.density
+    return found + _options(entry, options, (*home, "method"), tree)
+
+
+def _method(
     path: words.Path, name: str, options: Mapping[str, Any], tree: Tree
 ) -> list[ConfigError]:
     home = (*path[:-1], "options")

@@ -12,8 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from selectune.errors import ConfigError, nearest
 
-Family = Literal["data_scorer", "selection_rule", "training_method", "row_picker"]
-Need = Literal["losses", "gradients", "score", "norm2", "gram"]
+Family = Literal["data_scorer", "selection_rule", "training_method", "row_picker", "weight_scorer"]
+WeightNeed = Literal["mean_gradient", "square_gradient", "first_gradient", "drift"]
+Need = Literal["losses", "gradients", "score", "norm2", "gram"] | WeightNeed
 Function = TypeVar("Function", bound=Callable[..., Any])
 Method = TypeVar("Method")
 
@@ -21,8 +22,13 @@ Method = TypeVar("Method")
 _HOMES: dict[Family, tuple[str, ...]] = {
     "data_scorer": ("selectune.methods.data",),
     "selection_rule": ("selectune.methods.rules",),
-    "training_method": ("selectune.methods.layers", "selectune.methods.data_layer"),
+    "training_method": (
+        "selectune.methods.layers",
+        "selectune.methods.data_layer",
+        "selectune.methods.sparse",
+    ),
     "row_picker": ("selectune.methods.data_layer",),
+    "weight_scorer": ("selectune.methods.weights",),
 }
 # Families of which one file may hold several: their summary stands in the function's docstring.
 _SEVERAL_IN_A_FILE = frozenset({"selection_rule", "row_picker", "training_method"})
@@ -176,6 +182,33 @@ def training_method(name: str) -> Callable[[type[Method]], type[Method]]:
         return method
 
     return add
+
+
+def weight_scorer(
+    name: str, *, needs: set[WeightNeed] | None = None
+) -> Callable[[type[Method]], type[Method]]:
+    """Register a scorer of single weights: a frozen dataclass of its options.
+
+    Its options are checked where it is made, in Python as in a recipe.
+
+    Args:
+        name: what a recipe calls it.
+        needs: what it reads beside the weights, per tensor: "mean_gradient" of the example losses,
+            "square_gradient" (the mean of squares), "first_gradient" (of one micro-batch), "drift"
+            (what full fine-tuning changed). Nothing else is computed.
+    """
+
+    def add(method: type[Method]) -> type[Method]:
+        register("weight_scorer", name, options=method, needs=frozenset(needs or ()))(method)
+        _check_when_made(_entries["weight_scorer"][name])
+        return method
+
+    return add
+
+
+def entry_of(family: Family, options: type) -> Entry:
+    """Return what is registered with these options."""
+    return next(entry for entry in methods(family) if entry.options is options)
 
 
 def _check_when_made(entry: Entry) -> None:

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selectune.adapters import adapter_fingerprint, load_tuned
+from selectune.answered import evaluate_arm
 from selectune.arms import (
     BASE,
     SELECTED,
     TunedArm,
     choose,
     control_selection,
-    evaluate_arm,
     tune_arm,
 )
 from selectune.errors import ConfigError, CorruptFileError, SelectuneError

@@ -48,7 +48,9 @@ def warmed_model(ground: Ground, base: Base) -> nn.Module:
         return model
     ids = warmup_ids(ground)
     # Plainly: scores are about the examples, not about how they will be trained on.
-    options = recipe.tune.plainly().model_copy(update={"epochs": recipe.warmup.schedule_epochs})
+    options = recipe.tune.of_section_adapter().model_copy(
+        update={"epochs": recipe.warmup.schedule_epochs}
+    )
     fingerprint = digest(
         {
             "base": base.fingerprint,

@@ -23,7 +23,10 @@ from selectune.report import (
     parts_of,
 )
 from selectune.report import Verdict as Told
+from selectune.report.weight_facts import WeightFacts
 from selectune.selection import Scores, Selection
+from selectune.weight_story import tell_weights
+from selectune.weights.delta import SparseDelta
 
 _SHOWN = 8
 _METRICS: tuple[Metric, ...] = ("answer_loss", "correct_norm", "correct_raw")
@@ -81,6 +84,7 @@ def tell(
         worst=[_shown(ground, scores, selection, by_id[i]) for i in ranking[: -_SHOWN - 1 : -1]],
         loss_curves={arm.name: arm.result.losses for arm in arms},
         training=_training(ground, arms),
+        weights=_weights(arms),
         phases=_phases(ground, arms),
         left_out={reason: reasons.count(reason) for reason in sorted(set(reasons))},
         warnings=[*_warnings(ground, scores, selection)],
@@ -195,6 +199,17 @@ def _phases(ground: Ground, arms: Sequence[TunedArm]) -> list[Phase]:
             )
         )
     return phases
+
+
+def _weights(arms: Sequence[TunedArm]) -> WeightFacts | None:
+    sparse = {arm.name: arm for arm in arms if arm.mask is not None}
+    deltas = {name: SparseDelta.load(arm.path) for name, arm in sparse.items()}
+    return tell_weights(
+        {name: arm.mask for name, arm in sparse.items() if arm.mask is not None},
+        plane=next((arm.plane for arm in sparse.values()), None),
+        moved={name: int(delta.about["n_moved"]) for name, delta in deltas.items()},
+        deltas=deltas,
+    )
 
 
 def _training(ground: Ground, arms: Sequence[TunedArm]) -> list[TrainingFacts]:

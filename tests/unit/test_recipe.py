@@ -24,7 +24,9 @@ data:
 """
 GRID = (
     SMALL
-    + "matrix:\n  methods: [gist, {name: mine, method: gist, tune: {method: gast}}]\n"
+    + "tune: {adapter: {}, weights: {}}\n"
+    + "matrix:\n  methods:\n  - gist\n"
+    + "  - {name: mine, method: gist, tune: {method: gast, adapter: {}, weights: {}}}\n"
     + "  tune: {epochs: [1]}\n"
 )
 ANY_FOLDER = [HealthCheck.function_scoped_fixture]
@@ -155,7 +157,11 @@ def test_a_value_of_another_type_is_refused_with_what_was_expected(
         ("data.pool", "[a, 3]", "expected text"),
         ("seed", "2147483648", "below 2147483648"),
         ("model", "gpt2", "a mapping with the keys base"),
-        ("matrix", "[gist]", "a mapping with the keys methods, targets, seeds, tune or null"),
+        (
+            "matrix",
+            "[gist]",
+            "a mapping with the keys methods, targets, seeds, tune, transfer or null",
+        ),
     ],
 )
 def test_file_and_command_line_refuse_alike(

@@ -13,6 +13,7 @@ EVERY = [
     *methods("data_scorer"),
     *methods("selection_rule"),
     *methods("training_method"),
+    *methods("weight_scorer"),
 ]
 PICKERS = methods("row_picker")
 

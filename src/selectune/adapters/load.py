@@ -14,6 +14,8 @@ from selectune.adapters.prefix import put_in_blocks
 from selectune.errors import ConfigError, CorruptFileError, IncompatibleRunError
 from selectune.files import open_dir, sha256_file
 from selectune.models import Base
+from selectune.weights.delta import SparseDelta
+from selectune.weights.merging import merge
 
 
 def load_adapter(base: Base, path: str | Path) -> nn.Module:
@@ -101,15 +103,19 @@ def _other_base(folder: Path, why: str) -> IncompatibleRunError:
 
 
 def load_tuned(base: Base, path: Path) -> nn.Module:
-    """Return the base with what `tune` saved: an adapter on it, or the whole model in its place.
+    """Return the base with what `tune` saved: an adapter or a delta on it, or the whole model.
 
     Raises:
         CorruptFileError: the folder is not what its manifest says.
         IncompatibleRunError: the adapter was made for another base.
     """
     opened = open_dir(path, kind="adapter")
+    if "sparse.json" in opened.names:
+        merge(base.model, SparseDelta.load(path))
     if "adapter_config.json" in opened.names:
         return load_adapter(base, path)
+    if "sparse.json" in opened.names:
+        return base.model
     tensors: dict[str, Tensor] = {}
     for name in opened.names:
         if name.endswith(".safetensors"):
@@ -122,5 +128,8 @@ def load_tuned(base: Base, path: Path) -> nn.Module:
     if missing or extra:
         why = f"{len(missing)} tensors are missing and {len(extra)} have no place in this model"
         raise _other_base(path, why)
+    for name, tensor in tensors.items():
+        # What trained was held wider than the rest; it answers as it trained.
+        places[name].data = places[name].data.to(tensor.dtype)
     base.model.load_state_dict(tensors, strict=False)
     return base.model

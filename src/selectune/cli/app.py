@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from selectune.cli import grid, steps, tools
+from selectune.cli import grid, steps, tools, weights
 from selectune.errors import ConfigError, SelectuneError, nearest
 
 # Set before any of these libraries is imported; what the user set stays.
@@ -46,6 +46,7 @@ app = typer.Typer(
 )
 steps.add_to(app)
 grid.add_to(app)
+weights.add_to(app)
 tools.add_to(app)
 
 

@@ -42,6 +42,7 @@ _FAMILIES: tuple[tuple[registry.Family, str], ...] = (
     ("selection_rule", "select.rule"),
     ("training_method", "tune.method"),
     ("row_picker", "tune.options.pick"),
+    ("weight_scorer", "tune.weights.method"),
 )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from selectune.cli import weights
 from selectune.cli.shell import (
     AllowOption,
     DebugOption,
@@ -78,15 +79,30 @@ def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
 def verify(
     folder: Annotated[
         str | None,
-        typer.Argument(metavar="RUN", help="Folder of a run, or its recipe.", show_default=False),
+        typer.Argument(
+            metavar="FOLDER", help="Of a run, or its recipe; of a delta.", show_default=False
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="See that a delta was made on it.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Check every file of a run against its checksums."""
+    """Check every file of a run, or of a sparse delta."""
     out = _run_folder(folder)
 
     def action(_: Progress) -> Result:
+        if weights.is_artefact(out):
+            return weights.verify_delta(out, base)
+        if base is not None:
+            raise ConfigError(
+                f"{out} holds no sparse delta",
+                where="command line, --base",
+                why="only a delta is made on a base",
+                do="leave --base out, or give the folder of a delta",
+            )
         from selectune import run
         from selectune.cli.listing import Listing
 

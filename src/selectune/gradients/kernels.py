@@ -14,9 +14,12 @@ add one function under `@gradient_kernel(Type)`; the coverage check compares it 
 the first batch of every pass, so a wrong kernel is never used.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import cache
+from math import prod
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -246,17 +249,132 @@ class JointRows:
         return torch.stack([part.project(P) for part in self.parts]).sum(0)
 
 
+@cache
+def _hear_of_beta() -> None:
+    # torch 2.13 says once in a process that compressed rows are in beta.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        at = torch.zeros(1, dtype=torch.int32)
+        torch.sparse_csr_tensor(
+            torch.zeros(2, dtype=torch.int32), at[:0], size=(1, 1), values=torch.zeros(0),
+            check_invariants=False,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Where chosen entries of a matrix lie, as compressed rows: what sparse products read."""
+
+    crow: Int[Tensor, " _"]
+    col: Int[Tensor, " k"]
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, index: Int[Tensor, " k"], shape: tuple[int, int]) -> "Pattern":
+        """Compress flat, ascending indices of a matrix of this shape."""
+        _hear_of_beta()
+        n_rows, n_cols = shape
+        ends = torch.arange(n_rows + 1, device=index.device, dtype=torch.int64) * n_cols
+        crow = torch.searchsorted(index, ends.to(index.dtype)).to(index.dtype)
+        return cls(crow, index % n_cols, shape)
+
+    def filled(self, values: Float[Tensor, " k"]) -> Tensor:
+        """Return the sparse matrix with these values at the chosen entries."""
+        return torch.sparse_csr_tensor(
+            self.crow, self.col, values, size=self.shape, check_invariants=False
+        )
+
+    def sampled(
+        self, left: Float[Tensor, "t r"], right: Float[Tensor, "t c"]
+    ) -> Float[Tensor, " k"]:
+        """Return the chosen entries of left^T right, without the others ever being formed.
+
+        In fp32 or fp64: the CPU kernel of torch 2.13 refuses half precision.
+        """
+        left, right = exact(left), exact(right)
+        # beta = 0 would turn a NaN that stood here into one in the product, so: zeros.
+        empty = self.filled(right.new_zeros(self.col.numel()))
+        return torch.sparse.sampled_addmm(empty, left.mT, right, beta=0.0).values()
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """What each example asks of chosen entries of one parameter.
+
+    Of a matrix, only `dense`, `norm2` and `project` form gradients of the whole, a few examples'
+    at a time.
+    """
+
+    whole: Rows
+    index: Int[Tensor, " k"]  # flat, ascending
+    pattern: Pattern | None = None  # of a matrix
+
+    @property
+    def n(self) -> int:
+        """Examples."""
+        return self.whole.n
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many entries are chosen."""
+        return (self.index.numel(),)
+
+    def dense(self) -> Float[Tensor, "n k"]:
+        """Every example's gradient at the chosen entries."""
+        if isinstance(self.whole, DenseRows):
+            return self.whole.G.flatten(1)[:, self.index]
+        step = max(1, _CHUNK_ELEMENTS // max(1, prod(self.whole.shape)))
+        parts = [
+            some.dense().flatten(1)[:, self.index]
+            for start in range(0, self.n, step)
+            for some in [_some(self.whole, start, start + step)]
+        ]
+        return torch.cat(parts)
+
+    def combine(self, w: Float[Tensor, " n"]) -> Float[Tensor, " k"]:
+        """Weighted sum over examples; of a matrix by a product of the chosen entries alone."""
+        if isinstance(self.whole, LinearRows) and self.pattern is not None:
+            D = exact(self.whole.D) * w[:, None, None]
+            return self.pattern.sampled(D.flatten(0, 1), self.whole.X.flatten(0, 1))
+        return self.whole.combine(w).flatten()[self.index]
+
+    def dot(self, G: Float[Tensor, " k"]) -> Float[Tensor, " n"]:
+        """Inner product with G."""
+        if isinstance(self.whole, LinearRows) and self.pattern is not None:
+            X, D = exact(self.whole.X), exact(self.whole.D)
+            product = self.pattern.filled(G.to(X.dtype)) @ X.flatten(0, 1).mT
+            return (product.mT.view_as(D) * D).sum((1, 2))
+        full = G.new_zeros(prod(self.whole.shape))
+        full[self.index] = G
+        return self.whole.dot(full.view(self.whole.shape))
+
+    def norm2(self) -> Float[Tensor, " n"]:
+        """Squared norm of every example's gradient."""
+        return self.dense().square().sum(1)
+
+    def project(self, P: Float[Tensor, "d k"]) -> Float[Tensor, "n d"]:
+        """Inner products with d directions."""
+        return self.dense() @ P.mT
+
+
 def _only(rows: Rows, k: int) -> Rows:
     """Return the rows of example k alone, so that a dense form holds one gradient, not n."""
+    return _some(rows, k, k + 1)
+
+
+def _some(rows: Rows, start: int, end: int) -> Rows:
+    """Return the rows of a few examples that follow one another."""
     match rows:
         case JointRows():
-            return JointRows([_only(part, k) for part in rows.parts])
+            return JointRows([_some(part, start, end) for part in rows.parts])
         case LinearRows():
-            return LinearRows(rows.X[k : k + 1], rows.D[k : k + 1])
+            return LinearRows(rows.X[start:end], rows.D[start:end])
         case EmbeddingRows():
-            return EmbeddingRows(rows.T[k : k + 1], rows.D[k : k + 1], rows.n_rows)
+            return EmbeddingRows(rows.T[start:end], rows.D[start:end], rows.n_rows)
+        case SparseRows():
+            return SparseRows(_some(rows.whole, start, end), rows.index, rows.pattern)
         case _:
-            return DenseRows(rows.dense()[k : k + 1])
+            return DenseRows(rows.dense()[start:end])
 
 
 def project_with_norm(
@@ -264,6 +382,8 @@ def project_with_norm(
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"]]:
     """Return `project(P)` and `norm2()` from one dense gradient where that is the cheaper way."""
     if isinstance(rows, LinearRows) and rows.n * rows.shape[0] * rows.shape[1] <= _CHUNK_ELEMENTS:
+        rows = DenseRows(rows.dense())
+    if isinstance(rows, SparseRows):
         rows = DenseRows(rows.dense())
     return rows.project(P), rows.norm2()
 
@@ -275,6 +395,8 @@ def ones(rows: Rows) -> Float[Tensor, " n"]:
             return exact(rows.D.new_ones(rows.n))
         case JointRows():
             return ones(rows.parts[0])
+        case SparseRows():
+            return ones(rows.whole)
         case _:
             return rows.dense().new_ones(rows.n)
 
@@ -347,6 +469,17 @@ def folded(call: Call, n: int, t: int) -> Call:
     return Call(call.module, args, kwargs, call.D.reshape(n, t, call.D.shape[1]), call.half)
 
 
+class Swapped(nn.Module):
+    """A module whose class was swapped for one that adds to it; kernels ask what it was."""
+
+    swapped_from: ClassVar[type[nn.Module]]
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    kind = module.swapped_from if isinstance(module, Swapped) else type(module)
+    return kind.forward
+
+
 Kernel = Callable[[Call, str], Rows | None]
 _kernels: dict[type, Kernel] = {}
 _kernels_by_name: dict[str, Kernel] = {}
@@ -386,9 +519,16 @@ def gradient_kernels() -> dict[str, Kernel]:
 
 def kernel_for(module: nn.Module) -> Kernel | None:
     """Return the kernel of a module's nearest type, else of its class name, else None."""
-    for base in type(module).__mro__:
+    return kernel_of(type(module))
+
+
+def kernel_of(kind: type[nn.Module]) -> Kernel | None:
+    """Return the kernel of modules of a type."""
+    for base in kind.__mro__:
         for name, kernel in _kernels_by_name.items():
-            if base.__name__.endswith(name) and base not in _kernels:
+            # A swapped class bears the name of what it was, and has a kernel by type.
+            is_named = base.__name__.endswith(name) and not issubclass(base, Swapped)
+            if is_named and base not in _kernels:
                 return kernel
         if base in _kernels:
             return _kernels[base]
@@ -399,7 +539,7 @@ def kernel_for(module: nn.Module) -> Kernel | None:
 def linear(call: Call, name: str) -> Rows | None:
     """Rows of nn.Linear: y = x W^T + b."""
     X, D = call.input, call.D
-    if type(call.module).forward is not nn.Linear.forward or X.ndim != 3:
+    if _forward_of(call.module) is not nn.Linear.forward or X.ndim != 3:
         return None
     if name == "bias":
         return DenseRows(exact(D).sum(1))
@@ -420,7 +560,7 @@ def conv1d(call: Call, name: str) -> Rows | None:
 @gradient_kernel(nn.Embedding)
 def embedding(call: Call, name: str) -> Rows | None:
     """Rows of nn.Embedding; a class that looks up something else than its input is declined."""
-    if type(call.module).forward is not nn.Embedding.forward:
+    if _forward_of(call.module) is not nn.Embedding.forward:
         return None
     return _looked_up(call, name)
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from selectune.report.weight_facts import WeightFacts
+
 SELECTED, RANDOM, BASE = "selected", "random", "base"
 
 
@@ -245,6 +247,7 @@ class ReportData:
         worst: those with the lowest, worst first.
         loss_curves: arm to (step, training loss in nats per token).
         training: what the training method did, one per arm; empty for plain training.
+        weights: which single weights were trained; None where whole matrices were.
         phases: in order of time.
         left_out: pool rows that could not be chosen, reason to number.
         warnings: one sentence each.
@@ -270,6 +273,7 @@ class ReportData:
         default_factory=dict[str, Sequence[tuple[int, float]]]
     )
     training: Sequence[TrainingFacts] = ()
+    weights: WeightFacts | None = None
     phases: Sequence[Phase] = ()
     left_out: Mapping[str, int] = field(default_factory=dict[str, int])
     warnings: Sequence[str] = ()

@@ -11,7 +11,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 
 from selectune.files import write_file
-from selectune.report import account, choice, layers, outcome, reading
+from selectune.report import account, choice, layers, outcome, reading, weights
 from selectune.report.contents import (
     Difference,
     Level,
@@ -70,11 +70,14 @@ def render(data: ReportData) -> str:
         "Lengths": choice.lengths(data, chosen),
         "Training": account.training(data),
         "Layers": layers.trained(data),
+        "Weights": weights.trained(data.weights),
         "Cost": account.cost(data),
         "Warnings": account.warnings(data),
         "Run it again": account.replay(data),
     }
-    style = _sheet("style.css") + (_sheet("layers.css") if sections["Layers"] else "")
+    has_maps = bool(sections["Layers"] or sections["Weights"])
+    style = _sheet("style.css") + (_sheet("layers.css") if has_maps else "")
+    style += _sheet("weights.css") if sections["Weights"] else ""
     return "<!doctype html>\n" + tag(
         "html",
         _head(data.title, style),
@@ -119,8 +122,8 @@ def _contents(sections: dict[str, Markup | None]) -> Markup:
     anchors = {
         "Evaluation": "evaluation", "Chosen": "chosen", "Scores": "scores",
         "Target space": "target", "Captured energy": "energy", "Examples": "examples",
-        "Lengths": "lengths", "Training": "training", "Layers": "layers", "Cost": "cost",
-        "Warnings": "warnings", "Run it again": "replay",
+        "Lengths": "lengths", "Training": "training", "Layers": "layers",
+        "Weights": "weights", "Cost": "cost", "Warnings": "warnings", "Run it again": "replay",
     }  # fmt: skip
     links = [tag("a", label, href=f"#{anchors[label]}") for label, body in sections.items() if body]
     return tag("nav", join(links), aria_label="Contents")

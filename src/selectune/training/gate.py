@@ -27,6 +27,7 @@ from selectune.gradients.kernels import (
     JointRows,
     LinearRows,
     Rows,
+    SparseRows,
     folded,
     is_flat,
     kernel_for,
@@ -298,5 +299,7 @@ def _size(rows: Rows) -> int:
             return rows.X.numel() + rows.D.numel()
         case JointRows():
             return sum(_size(part) for part in rows.parts)
+        case SparseRows():
+            return _size(rows.whole)
         case _:
             return rows.n

@@ -56,6 +56,7 @@ class Scene:
         tokenizer: for target examples that are given as text.
         collate_fn: for target examples that are given as tokens.
         max_length: tokens kept of a target example.
+        n_steps: optimizer steps of the whole training, where the caller knows.
     """
 
     model: nn.Module
@@ -68,6 +69,7 @@ class Scene:
     tokenizer: PreTrainedTokenizerBase | None = None
     collate_fn: Collate | None = None
     max_length: int = MAX_LENGTH
+    n_steps: int | None = None
 
 
 @runtime_checkable
@@ -117,6 +119,11 @@ class Method:
     def reads_target(self) -> bool:
         """Whether the method looks at the scene's target examples."""
         return False
+
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer] | None:
+        """The only kind of optimizer that the method works with; None for any."""
+        return None
 
     def start(self, scene: Scene) -> Session:
         """Hook the method onto a model.

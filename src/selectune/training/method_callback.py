@@ -115,6 +115,7 @@ class MethodCallback(TrainerCallback):
             collate_fn=cast("Any", collate_fn),
             # trl has a limit in its arguments, None for no limit; transformers has none.
             max_length=vars(args).get("max_length") or MAX_LENGTH,
+            n_steps=state.max_steps,
         )
         self.session = self.method.start(scene)
         self._model, self._training = model, state

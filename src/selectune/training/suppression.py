@@ -1,7 +1,8 @@
-"""Turn down what the adapters of a layer add, for some forward passes; no weight is touched.
+"""Turn down what the adapters of a layer add, for some forward passes.
 
-LoRA, DoRA, bottleneck adapters and prefixes have a scale, which is multiplied. Any other adapter
-is mixed with the module below it: y = base + factor * (adapted - base).
+LoRA, DoRA, bottleneck adapters and prefixes have a scale, which is multiplied. So have single
+weights that train: they stand in their matrix at the strength of the scale. Any other adapter is
+mixed with the module below it: y = base + factor * (adapted - base).
 """
 
 import logging
@@ -19,10 +20,11 @@ from selectune.adapters.bottleneck import BottleneckLayer
 from selectune.adapters.prefix import BlockPrefix
 from selectune.errors import ConfigError
 from selectune.training.layers import Layer
+from selectune.training.sparse.modules import SparseModule
 
 _log = logging.getLogger(__name__)
 
-_SCALED = (LoraLayer, BottleneckLayer, BlockPrefix)
+_SCALED = (LoraLayer, BottleneckLayer, BlockPrefix, SparseModule)
 _BELOW = "base_layer"  # where peft keeps the module that it adapts
 
 
@@ -48,6 +50,7 @@ def response_of(layer: Layer) -> Response:
         ConfigError: the layer trains, and none of it is an adapter.
     """
     modules = dict(layer.block.named_modules())
+    # By table: two modules that share a weight have one for both.
     scales: dict[tuple[int, str], tuple[dict[str, float], str]] = {}
     mixed: dict[int, nn.Module] = {}
     unscaled: list[str] = []
@@ -59,10 +62,14 @@ def response_of(layer: Layer) -> Response:
             continue
         module, inside = found
         if isinstance(module, _SCALED):
-            table = module.scaling
+            is_sparse = isinstance(module, SparseModule)
+            table = module.sparse_strengths if is_sparse else module.scaling
+            named = [part for part in inside if part in table]
+            if is_sparse and not named:  # a bias that trains beside single weights
+                unscaled.append(full)
             # A prefix has one scale, and no name of an adapter in its parameters' names.
-            for adapter in [part for part in inside if part in table] or list(table):
-                scales[id(module), adapter] = table, adapter
+            for adapter in named or ([] if is_sparse else list(table)):
+                scales[id(table), adapter] = table, adapter
         else:
             mixed[id(module)] = module
     if not scales and not mixed:

@@ -6,7 +6,7 @@ computed where a target token is predicted and nowhere else.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,6 +68,7 @@ class TransformersArm(Trainer):
             data_collator=cast("Any", data_collator),
             callbacks=callbacks,
             **self._extra_arguments(),
+            **_optimizer(acting, args),
         )
         self.remove_callback(PrinterCallback)
         # Without a tokenizer the Trainer changes no special tokens of the model and saves none.
@@ -144,6 +145,12 @@ class TransformersArm(Trainer):
         )
 
 
+def _optimizer(acting: MethodCallback | None, args: TrainingArguments) -> dict[str, Any]:
+    """Return the optimizer that a method works with alone, as a trainer is given it."""
+    own = None if acting is None else acting.method.optimizer
+    return {} if own is None else {"optimizer_cls_and_kwargs": (own, {"lr": args.learning_rate})}
+
+
 def has_auxiliary_loss(model: nn.Module) -> bool:
     """Tell whether the model's own loss is more than cross-entropy, as with routed experts."""
     config = cast("Any", model).config.get_text_config()
@@ -160,9 +167,9 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", copy=True) for name, p in trainable(model).items()}
 
 
-def count_moved(model: nn.Module, before: dict[str, Tensor]) -> int:
+def count_moved(model: nn.Module, before: Mapping[str, Tensor]) -> int:
     """Count the entries that differ from `before`, bit patterns of a NaN included."""
+    now = trainable(model)
     return sum(
-        int(torch.count_nonzero(p.detach().to("cpu") != before[name]))
-        for name, p in trainable(model).items()
+        int(torch.count_nonzero(now[name].detach().to("cpu") != t)) for name, t in before.items()
     )

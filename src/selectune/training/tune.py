@@ -5,14 +5,14 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from selectune import files
@@ -26,6 +26,7 @@ from selectune.training.method import Method
 from selectune.training.method_callback import FACTS, TENSORS, MethodCallback
 from selectune.training.order import EpochBatches
 from selectune.training.sources import TokenSource
+from selectune.training.sparse import SparseModel
 from selectune.training.trainers import (
     Collate,
     TransformersArm,
@@ -207,7 +208,7 @@ def tune(
     else:
         history, n_steps = train(newest)
         records = [] if acting is None else _records(acting.records)
-    n_moved = count_moved(model, before)
+    n_moved = _n_moved(model, before)
     if n_moved == 0:
         raise TrainingError(
             f"none of the {n_trainable:,} trainable weights moved in {n_steps} steps",
@@ -352,7 +353,7 @@ def _reuse(model: nn.Module, path: Path, identity: dict[str, Any]) -> TuneResult
     opened = files.open_dir(path, kind=KIND)
     meta = opened.meta
     refuse_other(meta["identity"], identity, where=path)
-    _load_weights(model, opened)
+    load_weights(model, opened)
     losses = cast("list[tuple[int, float]]", opened.read_json("losses.json"))
     return TuneResult(
         path=path,
@@ -380,13 +381,8 @@ def _plain(fact: Any) -> Any:  # noqa: ANN401
 
 
 def _load(model: nn.Module, checkpoint: files.Opened) -> list[dict[str, Any]]:
-    _load_weights(model, checkpoint)
+    load_weights(model, checkpoint, but=TENSORS)
     return checkpoint.read_json("trainer_state.json")["log_history"]
-
-
-def _load_weights(model: nn.Module, opened: files.Opened) -> None:
-    for name in (n for n in opened.names if n.endswith(".safetensors") and n != TENSORS):
-        load_weights(model, opened.read_torch(name))
 
 
 @contextmanager
@@ -417,6 +413,16 @@ def _borrowed(model: nn.Module) -> Generator[None]:
         model.train(was_training)
 
 
+def _n_moved(model: nn.Module, before: Mapping[str, Tensor]) -> int:
+    if not isinstance(model, SparseModel):
+        return count_moved(model, before)
+    # Of single weights the stored bits count: a value may move, and its weight round back.
+    values = {id(p) for p in model.sparse.parameters()}
+    own = {name for name, p in trainable(model).items() if id(p) in values}
+    rest = {name: t for name, t in before.items() if name not in own}
+    return model.sparse.moved() + count_moved(model, rest)
+
+
 def _stopwatch(already: float) -> Callable[[], float]:
     start = time.perf_counter()
     return lambda: already + time.perf_counter() - start
@@ -427,7 +433,9 @@ def _checkpoint_bytes(model: nn.Module, n_trainable: int) -> int:
     from peft import PeftModel
 
     weights = 4 * n_trainable
-    if not isinstance(model, PeftModel):
+    if isinstance(model, SparseModel):
+        weights *= 3  # the values, and the delta with its indices
+    elif not isinstance(model, PeftModel):
         weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     return weights + 8 * n_trainable
 

@@ -16,6 +16,7 @@ from selectune.report.page import (
     TrainingFacts,
     Verdict,
 )
+from unit.report.weight_samples import weight_facts
 
 SCRIPT = "<script>alert('pool')</script><img src=x onerror=alert(1)>"
 ARABIC = "ما هي عاصمة فرنسا؟"
@@ -317,4 +318,5 @@ def method_run(full_run: ReportData) -> ReportData:
             steps_of(n_layers=12, n_steps=40, arm=SCRIPT, seed=1),
             steps_of(n_layers=80, n_steps=300, n_active=20, picks=False, arm=ARABIC, seed=2),
         ],
+        weights=weight_facts("selected", SCRIPT, ARABIC),
     )

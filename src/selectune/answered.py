@@ -1,0 +1,147 @@
+"""What an arm answers to held-out questions: ranked options, or its own words; asked once."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from selectune.adapters import load_tuned
+from selectune.data import Example
+from selectune.evaluation import Evaluation, Generation, evaluate, generate_answers
+from selectune.files import KillPoint, kill_point, open_dir, staged
+from selectune.ground import Ground, digest
+from selectune.models import Base
+
+Questions = Mapping[str, Sequence[Example]]  # by task
+Load = Callable[[], tuple[Base, nn.Module]]
+
+
+def evaluate_arm(
+    ground: Ground, name: str, path: Path | None, questions: Questions
+) -> dict[str, Evaluation]:
+    """Return how an arm ranks the options of held-out examples, by task.
+
+    Args:
+        ground: of the run.
+        name: of the arm, for progress and prices.
+        path: of what was tuned; None for the untouched base.
+        questions: examples by task.
+    """
+    section = ground.recipe.evaluate
+    load = _once(ground, path)
+    found: dict[str, Evaluation] = {}
+    for task, examples in questions.items():
+        asked = list(examples)[: section.limit]
+        fingerprint = digest(_facts(ground, path, asked))
+        folder = ground.place("evaluation", f"evaluation/{name}-{task}", fingerprint)
+        step = f"evaluate {name}"
+        if ground.is_done(folder, "evaluation", fingerprint):
+            ground.recall(step, folder)
+            opened = open_dir(folder, kind="evaluation")
+            left_out: list[str] = opened.read_json("left_out.json")
+            found[task] = Evaluation(opened.read_table("answers.parquet"), tuple(left_out))
+            continue
+        base, model = load()
+        n = sum(max(1, len(e.options)) for e in asked)
+        with (
+            ground.charge(step, folder),
+            ground.progress.phase(f"evaluate {name} on {task}", n, "answers") as advance,
+        ):
+            answers = evaluate(model, asked, base.tokenizer, advance=advance, **_how(ground, base))
+            with staged(folder, kind="evaluation", meta={"fingerprint": fingerprint}) as stage:
+                stage.write_table("answers.parquet", answers.table)
+                stage.write_json("left_out.json", list(answers.left_out))
+        kill_point(KillPoint.EVALUATE_DONE)
+        found[task] = answers
+    return found
+
+
+def generate_arm(
+    ground: Ground, name: str, path: Path | None, questions: Questions
+) -> dict[str, Generation]:
+    """Return what an arm writes to held-out examples with options, by task.
+
+    Args:
+        ground: of the run.
+        name: of the arm, for progress and prices.
+        path: of what was tuned; None for the untouched base.
+        questions: examples by task; a task without options is left out.
+    """
+    section = ground.recipe.evaluate
+    load = _once(ground, path)
+    found: dict[str, Generation] = {}
+    for task, examples in questions.items():
+        asked = [e for e in examples if e.options][: section.limit]
+        if not asked:
+            continue
+        fingerprint = digest({**_facts(ground, path, asked), "form": "generated"})
+        folder = ground.place("generation", f"generation/{name}-{task}", fingerprint)
+        step = f"generate {name}"
+        if ground.is_done(folder, "generation", fingerprint):
+            ground.recall(step, folder)
+            opened = open_dir(folder, kind="generation")
+            table, facts = opened.read_table("answers.parquet"), opened.read_json("facts.json")
+            found[task] = Generation(table, tuple(facts["left_out"]), facts["n_truncated"])
+            continue
+        base, model = load()
+        with (
+            ground.charge(step, folder),
+            ground.progress.phase(f"{name} writes on {task}", len(asked), "answers") as advance,
+        ):
+            written = generate_answers(
+                model, asked, base.tokenizer, advance=advance, **_how(ground, base)
+            )
+            with staged(folder, kind="generation", meta={"fingerprint": fingerprint}) as stage:
+                stage.write_table("answers.parquet", written.table)
+                left_out = list(written.left_out)
+                stage.write_json(
+                    "facts.json", {"left_out": left_out, "n_truncated": written.n_truncated}
+                )
+        found[task] = written
+    return found
+
+
+def _once(ground: Ground, path: Path | None) -> Load:
+    """Return a loader of the arm's model, which works at its first call only."""
+    loaded: list[tuple[Base, nn.Module]] = []
+
+    def load() -> tuple[Base, nn.Module]:
+        if not loaded:
+            base = ground.base()
+            loaded.append((base, base.model if path is None else load_tuned(base, path)))
+        return loaded[0]
+
+    return load
+
+
+def _how(ground: Ground, base: Base) -> dict[str, Any]:
+    return {
+        "max_length": ground.recipe.data.max_length,
+        "pad_id": base.pad_id,
+        "device": base.device.type,
+        "precision": base.precision,
+        "token_budget": ground.recipe.evaluate.token_budget,
+    }
+
+
+def _facts(ground: Ground, path: Path | None, asked: Sequence[Example]) -> dict[str, Any]:
+    """Return what answers depend on."""
+    recipe = ground.recipe
+    return {
+        "model": _content(ground, path),
+        "ids": [e.id for e in asked],
+        "options": [list(e.options) for e in asked],
+        "max_length": recipe.data.max_length,
+        "dtype": recipe.model.dtype,
+        "token_budget": recipe.evaluate.token_budget,
+    }
+
+
+def _content(ground: Ground, path: Path | None) -> str:
+    """Return what stands for a model's weights: the base's name, or the adapter's manifest."""
+    if path is None:
+        return f"base {ground.base_fingerprint}"
+    identity = open_dir(path, kind="adapter").meta["identity"]
+    return json.dumps(identity, sort_keys=True)

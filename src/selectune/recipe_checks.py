@@ -1,0 +1,145 @@
+"""What each key of a recipe allows but the keys together do not."""
+
+from typing import TYPE_CHECKING
+
+from selectune import recipe_words as words
+from selectune.errors import ConfigError, nearest
+from selectune.recipe_file import Tree
+from selectune.recipe_methods import PLAIN
+from selectune.recipe_sections import (
+    AdapterSection,
+    TuneChoice,
+    TuneSection,
+    WarmupSection,
+)
+
+if TYPE_CHECKING:
+    from selectune.recipe import Recipe
+
+# What each kind reads of the section, beside `kind`.
+_FACTORS = frozenset({"rank", "alpha", "dropout", "modules"})
+_BOTTLENECK = frozenset({"width", "activation", "dropout", "modules"})
+_READ_BY = {
+    "lora": _FACTORS,
+    "dora": _FACTORS,
+    "series": _BOTTLENECK,
+    "parallel": _BOTTLENECK,
+    "prefix": frozenset({"virtual_tokens"}),
+    "full": frozenset({"layers"}),
+}
+
+
+def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
+    """Return what each key allows but the keys together do not."""
+    found: list[ConfigError] = []
+
+    def add(path: words.Path, what: str, why: str, do: str) -> None:
+        found.append(ConfigError(what, where=tree.where(path), why=why, do=do))
+
+    for path, adapter in _adapters(recipe):
+        place = ".".join(map(str, path))
+        for key, value in adapter.model_dump(exclude={"kind"}).items():
+            is_read = key in _READ_BY[adapter.kind]
+            if not is_read and value != AdapterSection.model_fields[key].default:
+                add(
+                    (*path, key),
+                    f"{place}.{key} would not be used",
+                    f"{place}.kind is {adapter.kind}, which has no {key}",
+                    f"remove {place}.{key}, or change {place}.kind",
+                )
+    for path, section in _trainings(recipe):
+        if section.weights and section.adapter and section.adapter.kind == "full":
+            add(
+                (*path, "adapter", "kind"),
+                "all weights would train, and single weights beside them",
+                "weights names single weights of the base, and adapter.kind full trains all",
+                "remove one of the two",
+            )
+    if recipe.model.adapter is not None and recipe.warmup != WarmupSection():
+        add(
+            ("warmup",),
+            "the warm-up would not be used",
+            "model.adapter names the adapter at which gradients are taken",
+            "remove the section warmup, or remove model.adapter",
+        )
+    if recipe.warmup.epochs > recipe.warmup.schedule_epochs:
+        add(
+            ("warmup", "epochs"),
+            f"warmup.epochs is {recipe.warmup.epochs}, past the end of the schedule",
+            f"warmup.schedule_epochs is {recipe.warmup.schedule_epochs}",
+            "make warmup.schedule_epochs at least warmup.epochs",
+        )
+    for source, (least, most) in recipe.select.quotas.items():
+        if not 0 <= least <= most <= 1:
+            add(
+                ("select", "quotas", source),
+                f'the quota of "{source}" cannot be [{least}, {most}]',
+                "a quota is [least, most], as shares of the selection: 0 <= least <= most <= 1",
+                f"for example {source}: [0.1, 0.5]",
+            )
+    if sum(least for least, _ in recipe.select.quotas.values()) > 1 + 1e-9:
+        add(
+            ("select", "quotas"),
+            "the least shares of select.quotas sum to more than 1",
+            "they are shares of one selection",
+            "lower some of them",
+        )
+    if PLAIN in recipe.tune.controls and recipe.tune.method == PLAIN:
+        add(
+            ("tune", "controls", recipe.tune.controls.index(PLAIN)),
+            f'the control "{PLAIN}" would equal the selection',
+            f"it is the selection trained without a method, and tune.method is {PLAIN}",
+            f'remove "{PLAIN}", or name a tune.method',
+        )
+    matrix = recipe.matrix
+    if matrix is not None and matrix.transfer:
+        if matrix.tune is not None and matrix.tune.choose == "all":
+            add(
+                ("matrix", "tune", "choose"),
+                "one training for all tasks tells nothing about transfer",
+                "matrix.transfer trains on each task by itself",
+                "use matrix.tune.choose: task, or remove matrix.transfer",
+            )
+        if isinstance(recipe.data.target, str) or len(recipe.data.target) < 2:
+            add(
+                ("matrix", "transfer"),
+                "there is one target task",
+                "transfer is measured on the tasks that a model was not trained on",
+                "write data.target as a mapping of names to files, two or more",
+            )
+        if recipe.select.quotas:
+            add(
+                ("select", "quotas"),
+                "the quotas would not be used",
+                "matrix.transfer takes every selection from one task's own examples",
+                "remove select.quotas, or remove matrix.transfer",
+            )
+    tasks = recipe.data.target
+    for i, name in enumerate(recipe.matrix.targets if recipe.matrix else ()):
+        if isinstance(tasks, str) or name not in tasks:
+            add(
+                ("matrix", "targets", i),
+                f'"{name}" is no target of this recipe',
+                "matrix.targets takes names that data.target gives",
+                "write data.target as a mapping of names to files, or remove matrix.targets"
+                if isinstance(tasks, str)
+                else nearest(name, tasks),
+            )
+    return found
+
+
+def _trainings(recipe: "Recipe") -> list[tuple[words.Path, TuneSection | TuneChoice]]:
+    """Return every section that says how something is trained, by its place."""
+    found: list[tuple[words.Path, TuneSection | TuneChoice]] = [(("tune",), recipe.tune)]
+    for i, row in enumerate(recipe.matrix.methods if recipe.matrix else ()):
+        if not isinstance(row, str) and row.tune is not None:
+            found.append((("matrix", "methods", i, "tune"), row.tune))
+    return found
+
+
+def _adapters(recipe: "Recipe") -> list[tuple[words.Path, AdapterSection]]:
+    found: list[tuple[words.Path, AdapterSection]] = [(("adapter",), recipe.adapter)]
+    for path, section in _trainings(recipe):
+        if section.adapter is not None:
+            found.append(((*path, "adapter"), section.adapter))
+    return found

@@ -1,0 +1,20 @@
+"""Tables as text."""
+
+from collections.abc import Sequence
+
+
+def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table, its columns as wide as their widest cell.
+
+    Args:
+        head: one cell for each column.
+        body: the rows below it.
+    """
+    widths = [max(len(line[k]) for line in (head, *body)) for k in range(len(head))]
+    rule = ["-" * width for width in widths]
+    return [_row(line, widths) for line in (head, rule, *body)]
+
+
+def _row(line: Sequence[str], widths: Sequence[int]) -> str:
+    cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+    return "| " + " | ".join(cells) + " |"

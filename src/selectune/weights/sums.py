@@ -1,0 +1,87 @@
+"""Sums of gradients, of which no more than one is ever alive in full.
+
+Autograd hands over one parameter's gradient after the other; each is added to an fp32 sum on the
+CPU (sums in half precision stall) and freed before the next one is formed.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from selectune.errors import TrainingError
+from selectune.gradients.capture import set_aside_gradients
+from selectune.gradients.engine import dropout_off
+from selectune.weights.eligible import EligibleWeight
+
+
+class GradientSums:
+    """Sums of the gradients that backward passes leave at some weights, which are freed at once.
+
+    Args:
+        eligible: the weights.
+        is_squared: square each pass's gradient before it is added.
+    """
+
+    def __init__(self, eligible: Mapping[str, EligibleWeight], *, is_squared: bool) -> None:
+        self._weights = {name: w.parameter for name, w in eligible.items()}
+        self._is_squared = is_squared
+        self._sums: dict[str, Tensor] = {}
+        self._counted: set[str] = set()
+        self.peak_bytes = 0
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Generator[None]:
+        """Let only these weights have gradients, dropout off, and put everything back after."""
+        flags = {p: p.requires_grad for p in model.parameters()}
+        with ExitStack() as stack:
+            stack.enter_context(dropout_off(model))
+            stack.enter_context(set_aside_gradients(flags))
+            try:
+                for p in flags:
+                    p.requires_grad_(False)
+                for name, p in self._weights.items():
+                    p.requires_grad_(True)
+                    handle = p.register_post_accumulate_grad_hook(self._hook(name))
+                    stack.callback(handle.remove)
+                yield
+            finally:
+                for p, flag in flags.items():
+                    p.requires_grad_(flag)
+
+    def take(self) -> Generator[tuple[str, Tensor]]:
+        """Hand over the sums, each once; zeros where no gradient came."""
+        for name, p in self._weights.items():
+            found = self._sums.pop(name, None)
+            if found is None:
+                found = torch.zeros(p.shape, dtype=torch.float32)
+            yield name, found.contiguous()
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def add(p: Tensor) -> None:
+            grad = p.grad
+            assert grad is not None
+            if name not in self._counted:  # the first pass tells; more would cost time
+                self._counted.add(name)
+                grads = [w.grad for w in self._weights.values() if w.grad is not None]
+                self.peak_bytes = max(self.peak_bytes, sum(g.nbytes for g in grads))
+            p.grad = None
+            # A norm is one reading pass; what overflows it may yet be finite.
+            norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+            if not bool(norm.isfinite()) and not bool(grad.isfinite().all()):
+                raise TrainingError(
+                    f"the gradient of {name} is not a number",
+                    where=name,
+                    why="the backward pass overflowed, or the weights already hold NaN",
+                    do="score with precision=float32, and check the base weights",
+                )
+            part = grad.cpu()
+            if self._is_squared:
+                part = part.float().square_()
+            if name in self._sums:
+                self._sums[name].add_(part)
+            else:  # nobody else holds the gradient: it becomes the sum
+                self._sums[name] = part.float()
+
+        return add

@@ -1,0 +1,124 @@
+"""A grid by transfer on a tiny model: trained on one task's own examples, tested on all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from selectune.compare import ComparisonTable, compare
+from selectune.errors import ConfigError, DataError
+from selectune.progress import Silent
+from selectune.recipe import load_recipe
+from small_run import small_recipe
+
+MATRIX = """
+matrix:
+  methods:
+    - random
+    - {name: gallop, method: random, tune: {weights: {method: gallop, density: 0.1}}}
+  seeds: [0, 1]
+  transfer: true
+"""
+
+
+def two_tasks(folder: Path, matrix: str = MATRIX) -> Path:
+    path = small_recipe(folder, matrix)
+    rows = (folder / "pool.jsonl").read_text().splitlines(keepends=True)
+    sums = [row for row in rows if '"sums"' in row][:8]
+    for name in ("target", "heldout"):
+        text = "".join(sums).replace("Question", f"Ask {name}")
+        (folder / f"sums_{name}.jsonl").write_text(text)
+    text = path.read_text()
+    for name in ("target", "heldout"):
+        mine = f"{folder}/{name}.jsonl}}"
+        text = text.replace(mine, f"{mine[:-1]}, sums: {folder}/sums_{name}.jsonl}}")
+    path.write_text(text)
+    return path
+
+
+def grid(path: Path, *overrides: str) -> ComparisonTable:
+    recipe = load_recipe(path, ["score.method=random", "tune.epochs=1", *overrides])
+    return compare(recipe, out=Path(recipe.output), progress=Silent())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("transfer")
+    grid(two_tasks(folder), "evaluate.generate=true")
+    return folder
+
+
+def transfer(folder: Path) -> list[dict[str, object]]:
+    return json.loads((folder / "run/table.json").read_text())["transfer"]
+
+
+def test_every_method_has_a_row_per_scoring(folder: Path) -> None:
+    rows = [(row["scoring"], row["method"]) for row in transfer(folder)]
+    assert rows == [
+        ("likelihood", "random"),
+        ("likelihood", "gallop"),
+        ("generated", "random"),
+        ("generated", "gallop"),
+    ]
+    assert all(
+        row["tasks"] == ["colours", "sums"] and row["n_seeds"] == 2 for row in transfer(folder)
+    )
+
+
+def test_what_a_task_gives_itself_stands_in_both_tables(folder: Path) -> None:
+    table = json.loads((folder / "run/table.json").read_text())["rows"]
+    own = {
+        method: sum(r["accuracy"] for r in table if r["method"] == method and r["task"] != "mean")
+        / 2
+        for method in ("random", "gallop")
+    }
+    for row in transfer(folder)[:2]:
+        assert row["estimates"]["id_accuracy"]["value"] == pytest.approx(own[row["method"]])  # type: ignore[index]
+
+
+def test_models_are_trained_on_their_tasks_own_examples(folder: Path) -> None:
+    table = json.loads((folder / "run/table.json").read_text())["rows"]
+    assert {row["precision"] for row in table if row["precision"] is not None} == {1.0}
+
+
+def test_the_text_shows_what_was_forgotten(folder: Path) -> None:
+    text = (folder / "run/table.md").read_text()
+    assert "forget ratio" in text
+    assert "collapse %" in text
+
+
+def test_the_same_command_again_computes_nothing(folder: Path) -> None:
+    files = list((folder / "run/shared").rglob("*.parquet"))
+    before = {p: p.stat().st_mtime_ns for p in files}
+    table = (folder / "run/table.json").read_bytes()
+    grid(folder / "recipe.yaml", "evaluate.generate=true")
+    assert {p: p.stat().st_mtime_ns for p in files} == before
+    again = json.loads((folder / "run/table.json").read_bytes())
+    assert again["transfer"] == json.loads(table)["transfer"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("matrix.tune={learning_rate: [1e-2], choose: all}", "tells nothing about transfer"),
+        ("select.quotas={sums: [0.0, 0.5]}", "quotas would not be used"),
+    ],
+)
+def test_what_contradicts_transfer_is_refused(tmp_path: Path, override: str, says: str) -> None:
+    path = two_tasks(tmp_path)
+    with pytest.raises(ConfigError, match=says):
+        load_recipe(path, [override])
+
+
+def test_one_task_is_refused(tmp_path: Path) -> None:
+    path = small_recipe(tmp_path, MATRIX)
+    with pytest.raises(ConfigError, match="one target task"):
+        load_recipe(path)
+
+
+def test_a_pool_without_the_tasks_examples_is_refused(tmp_path: Path) -> None:
+    path = two_tasks(tmp_path)
+    target = tmp_path / "sums_target.jsonl"
+    target.write_text(target.read_text().replace('"sums"', '"elsewhere"'))
+    with pytest.raises(DataError, match="no examples of sums"):
+        grid(path)

@@ -1,0 +1,158 @@
+"""Chosen entries in two processes under DDP against one with the joint batch.
+
+The file is its own child: `python test_processes.py RANK FOLDER` is one of the two processes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from slow_gast import batch_loss
+from slow_sparse import bits, chosen, mask_of
+from tiny import tiny_model, tiny_tokens
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from selectune.data import collate
+from selectune.errors import CoverageError, TrainingError
+from selectune.training.sparse import SparseModel, sparsify
+
+WORLD = 2
+# Two micro-batches of each process.
+SHARES = [[tiny_tokens(3, seed=s), tiny_tokens(3, seed=s + 9)] for s in (1, 2)]
+ROUTES = ("gather", "sampled")
+
+
+def n_targets(share: list[object]) -> float:
+    return float(sum(t.is_target[1:].sum() for t in share))
+
+
+def train(route: str, rank: int | None) -> tuple[SparseModel, int]:
+    """Train three steps of two micro-batches; return the model and how many floats travelled."""
+    model = tiny_model("gemma").train()  # its head and embedding are one tensor
+    sparsify(model, mask_of(model), route=route)
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    n_sent = 0
+    if rank is not None:
+
+        def send(_: object, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+            nonlocal n_sent
+            n_sent += bucket.buffer().numel()
+            work = distributed.all_reduce(bucket.buffer().div_(WORLD), async_op=True)
+            return work.get_future().then(lambda done: done.value()[0])
+
+        wrapped.register_comm_hook(None, send)
+    options = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options)
+    for _ in range(3):
+        for micro in range(2):
+            mine = [t for k, share in enumerate(SHARES) if rank in (None, k) for t in share[micro]]
+            every = [t for share in SHARES for t in share[micro]]
+            loss = batch_loss(wrapped, collate(mine, pad_id=0), "token")
+            loss = loss * n_targets(mine) / n_targets(every) / 2
+            (loss if rank is None else loss * WORLD).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, n_sent
+
+
+def refusals() -> list[str]:
+    """Return what is said of weights that are sharded, before and after."""
+    said = []
+    sharded = tiny_model("llama")
+    mask = mask_of(sharded)
+    fully_shard(sharded)
+    try:
+        sparsify(sharded, mask)
+    except CoverageError as error:
+        said.append(str(error))
+    later = sparsify(tiny_model("llama"), mask)
+    fully_shard(later)
+    try:
+        batch_loss(later, collate(SHARES[0][0], pad_id=0), "token")
+    except TrainingError as error:
+        said.append(str(error))
+    return said
+
+
+def child(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD
+    )
+    facts: dict[str, object] = {}
+    for route in ROUTES:
+        model, facts[route] = train(route, rank)
+        save_file(bits(model), folder / f"{route} {rank}")
+    facts["refusals"] = refusals()
+    (folder / f"facts {rank}").write_text(json.dumps(facts), encoding="utf-8")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    tests = Path(__file__).parents[3]
+    paths = [str(tests / "reference"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONWARNINGS": "ignore",  # tests of one process see to them
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in children]
+    finally:
+        for process in children:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in children] == [0, 0], "\n".join(outputs)
+    return folder
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_two_processes_train_what_one_would(route: str, folder: Path) -> None:
+    model, _ = train(route, None)
+    first, second = (load_file(folder / f"{route} {rank}") for rank in range(WORLD))
+    assert_close(first, second, rtol=0, atol=0)
+    assert_close(first, bits(model), rtol=1e-4, atol=1e-5)
+    before = bits(tiny_model("gemma"))
+    for name, weight in first.items():
+        outside = ~chosen(model.sparse.mask, name, weight.shape)
+        assert torch.equal(weight[outside], before[name][outside])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_only_chosen_entries_travel(route: str, folder: Path) -> None:
+    n_chosen = mask_of(tiny_model("gemma")).n_chosen
+    for rank in range(WORLD):
+        facts = json.loads((folder / f"facts {rank}").read_text())
+        assert facts[route] == 3 * 2 * n_chosen  # steps, micro-batches
+
+
+def test_sharded_weights_are_refused(folder: Path) -> None:
+    before, after = json.loads((folder / "facts 0").read_text())["refusals"]
+    assert "it is sharded over processes" in before
+    assert "another tensor than when its entries were chosen" in after
+
+
+if __name__ == "__main__":
+    child(int(sys.argv[1]), Path(sys.argv[2]))
