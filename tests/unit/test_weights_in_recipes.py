@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from selectune.cli.weights import verify_delta
 from selectune.compare import compare
 from selectune.errors import ConfigError, SelectionError
 from selectune.files import open_dir
@@ -48,6 +49,8 @@ def test_a_run_trains_its_mask_and_nothing_else(tmp_path: Path) -> None:
     for name, places in moved.items():
         chosen = mask.indices.get(name, torch.zeros(0, dtype=torch.int32))
         assert torch.isin(places, chosen.long()).all()
+    told = verify_delta(out / "tune/selected/adapter", str(tmp_path / "model"))
+    assert told.to_json()["ok"], told.lines()
     meta = open_dir(out / "tune/selected/adapter", kind="adapter").meta
     assert meta["n_trainable"] == mask.n_chosen
     assert meta["n_moved"] == sum(len(places) for places in moved.values() if len(places)) > 0

@@ -1,5 +1,6 @@
 """The verbs around sparse deltas: merge, export, and verify's part."""
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ BaseOption = Annotated[
     ),
 ]  # fmt: skip
 _DELTA = "Folder of a sparse delta."
+_TUNED = "adapter"  # the kind of folder that an arm of a run leaves, whatever it trained
 
 
 class Form(StrEnum):
@@ -115,7 +117,8 @@ def verify_delta(path: Path, base: str | None = None) -> Result:
     try:
         delta = SparseDelta.load(path)
         if (path / MANIFEST).exists():
-            open_dir(path, kind=KIND)
+            # In a run, the delta is what an arm has tuned, and lies there beside its losses.
+            open_dir(path, kind=_TUNED if _is_tuned(path / MANIFEST) else KIND)
         lines.append(f"{path}: every file is what its checksum says")
         lines.append(f"  {delta.n_entries:,} entries in {len(delta.indices)} tensors")
         if base is not None:
@@ -126,6 +129,13 @@ def verify_delta(path: Path, base: str | None = None) -> Result:
         lines = [f"{path}: 1 problem", *(f"  {line}" for line in str(error).splitlines())]
     data: dict[str, Any] = {"ok": not problems, "folder": str(path), "problems": problems}
     return Listing(data, tuple(lines))
+
+
+def _is_tuned(manifest: Path) -> bool:
+    try:
+        return json.loads(manifest.read_bytes())["format"] == f"selectune/{_TUNED}"
+    except (ValueError, KeyError, TypeError):
+        return False  # whoever opens the folder says what is wrong with it
 
 
 def _merged(base: str, deltas: list[str], out: Path, scale: float) -> Result:
