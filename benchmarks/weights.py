@@ -25,7 +25,6 @@ and choosing do not grow with the examples, so they stand apart too.
 
 import argparse
 import copy
-import gc
 import json
 import os
 import platform
@@ -33,6 +32,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +42,6 @@ import torch
 from _arms import DENSITY, T, clock, load
 from _owners import FORMS, Arm, Form, shared
 from _passes import BUDGET, passes
-from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from selectune.measure import Measured
@@ -97,10 +98,16 @@ def _peak(measured: Measured) -> int:
     return measured.device_peak_bytes if torch.cuda.is_available() else measured.peak_bytes
 
 
-def estimation(
-    model: nn.Module, dtype: str, words: list[str], *, n: int, repeats: int
-) -> tuple[Any, WeightMask]:
-    """Return what finding the mask costs, and the mask."""
+def apart(call: Callable[..., Any], *given: Any) -> Any:  # noqa: ANN401
+    """Call a function in a process of its own: one part must not stand on what another left."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_quiet) as pool:
+        return pool.submit(call, *given).result()
+
+
+def estimation(arguments: argparse.Namespace, dtype: str, place: Path) -> dict[str, list[float]]:
+    """Return the seconds of all parts of finding the mask, and save it."""
+    n, repeats = n_examples(arguments), 1 if arguments.quick else 3
+    model = load(dtype, arguments.model).model
     runs = passes(model, dtype, n)
     seconds: dict[str, list[float]] = {name: [] for name in (*runs, "select", "fingerprint")}
     masks: list[WeightMask] = []
@@ -116,30 +123,23 @@ def estimation(
         seconds["plain"].append(clock(runs["plain"]))
         score_and_select()
         seconds["fingerprint"].append(clock(lambda: base_fingerprint(model)))
-    whole = [a + b for a, b in zip(seconds["score"], seconds["select"], strict=True)]
-    peaks = {name: child("--arm", name, *words, "--batch", str(n)) for name in runs}
-    facts: dict[str, Any] = {
-        "n_examples": n,
-        "seconds": {name: round(statistics.median(times), 3) for name, times in seconds.items()},
-        "score": _ratio(seconds["score"], seconds["plain"]),
-        "score_and_select": _ratio(whole, seconds["plain"]),
-        "peak_bytes": round(peaks["score"]["peak"] / peaks["plain"]["peak"], 3),
-    }
-    return facts, masks[0]
+    masks[0].save(place)
+    return seconds
 
 
 def steps(
-    model: nn.Module, names: list[Form], mask: WeightMask, dtype: str, *, n: int, count: int
+    arguments: argparse.Namespace, dtype: str, names: list[Form], place: Path
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Return the seconds of every step of all forms, and the routes that `auto` found."""
+    model, mask = load(dtype, arguments.model).model, WeightMask.load(place)
     arms: dict[Form, Arm] = {}
     for name in names:
         mine = shared(model) if name != MASTER else copy.deepcopy(model).float()
-        arms[name] = Arm(name, mine, mask, dtype, n)
+        arms[name] = Arm(name, mine, mask, dtype, arguments.batch)
     for arm in arms.values():
         arm.step()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(count):
+    for _ in range(2 if arguments.quick else 20):
         for name, arm in arms.items():
             seconds[name].append(clock(arm.step))
     auto = arms["auto"].model if "auto" in arms else None
@@ -149,18 +149,15 @@ def steps(
 def measure(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one type of weights, and print a row for each form."""
     names = forms_of(dtype, arguments.forms)
-    model = load(dtype, arguments.model).model
     words = ["--dtypes", dtype, *(["--model", arguments.model] if arguments.model else [])]
-    n_examples, repeats = (16, 1) if arguments.quick else (128, 3)
-    mask_facts, mask = estimation(model, dtype, words, n=n_examples, repeats=repeats)
-    told = ", ".join(f"{key} {mask_facts[key]}" for key in list(mask_facts)[2:])
-    print(f"{dtype} mask, beside plain passes: {told}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        place = mask.save(Path(folder) / "mask")
+        place = Path(folder) / "mask"
+        mask_facts = _mask_facts(apart(estimation, arguments, dtype, place), arguments, words)
+        told = ", ".join(f"{key} {mask_facts[key]}" for key in list(mask_facts)[2:])
+        print(f"{dtype} mask, beside plain passes: {told}", flush=True)
         words += ["--batch", str(arguments.batch), "--mask", str(place)]
         bytes_of = {name: child("--arm", name, *words) for name in names}
-    count = 2 if arguments.quick else 20
-    seconds, routes = steps(model, names, mask, dtype, n=arguments.batch, count=count)
+        seconds, routes = apart(steps, arguments, dtype, names, place)
     rows: dict[str, Any] = {}
     for name in names:
         found = bytes_of[name]
@@ -174,6 +171,26 @@ def measure(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
         }
         _print_row(f"{dtype} {name}", rows[name])
     return {"mask": mask_facts, "forms": rows, "routes": routes}
+
+
+def n_examples(arguments: argparse.Namespace) -> int:
+    """Return how many examples the mask is found from."""
+    return 16 if arguments.quick else 128
+
+
+def _mask_facts(
+    seconds: dict[str, list[float]], arguments: argparse.Namespace, words: list[str]
+) -> dict[str, Any]:
+    n = n_examples(arguments)
+    whole = [a + b for a, b in zip(seconds["score"], seconds["select"], strict=True)]
+    peaks = {k: child("--arm", k, *words, "--batch", str(n))["peak"] for k in ("plain", "score")}
+    return {
+        "n_examples": n,
+        "seconds": {name: round(statistics.median(times), 3) for name, times in seconds.items()},
+        "score": _ratio(seconds["score"], seconds["plain"]),
+        "score_and_select": _ratio(whole, seconds["plain"]),
+        "peak_bytes": round(peaks["score"] / peaks["plain"], 3),
+    }
 
 
 def _ratio(times: list[float], to: list[float]) -> float:
@@ -191,6 +208,11 @@ def _print_row(title: str, row: dict[str, Any]) -> None:
     )
 
 
+def _quiet() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def main() -> None:
     """Measure the mask, memory and steps for each type of weights."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -204,15 +226,11 @@ def main() -> None:
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--mask", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     if arguments.arm:
+        _quiet()
         print(json.dumps(memory(arguments)))
         return
-    found: dict[str, Any] = {}
-    for dtype in arguments.dtypes.split(","):
-        found[dtype] = measure(dtype, arguments)
-        gc.collect()
+    found = {dtype: measure(dtype, arguments) for dtype in arguments.dtypes.split(",")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     facts = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
     facts |= {"model": arguments.model or "SmolLM2-135M", "density": DENSITY}

@@ -98,6 +98,7 @@ def refuse_unworkable(ground: Ground, tunings: Sequence[TuneSection]) -> None:
         found = outline(ground, tuning)
         if method is None or method in tried:
             continue
+        _refuse_optimizer(method, tuning)
         if isinstance(method, GAST):
             _refuse_batches(method, tuning)
         if tuning.weights is not None:
@@ -171,6 +172,17 @@ def facts(tuning: TuneSection) -> dict[str, Any] | None:
     if tuning.method == PLAIN:
         return None
     return {"name": tuning.method, "options": dict(tuning.options)}
+
+
+def _refuse_optimizer(method: Method, tuning: TuneSection) -> None:
+    asked = tuning.optimizer
+    if method.optimizer is not None and asked != TuneSection.model_fields["optimizer"].default:
+        raise ConfigError(
+            f"the optimizer {asked} would not be used",
+            where="tune.optimizer",
+            why=f"{tuning.method} works with {method.optimizer.__name__} alone",
+            do="remove tune.optimizer, or choose another tune.method",
+        )
 
 
 def _refuse_batches(method: GAST, tuning: TuneSection) -> None:

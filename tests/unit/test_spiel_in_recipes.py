@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from selectune.errors import ConfigError
 from selectune.recipe import load_recipe
 from selectune.run import Run
 from selectune.weights import SparseDelta, WeightMask, merge
@@ -65,3 +66,8 @@ def test_entries_change_and_a_broken_training_ends_in_the_same_bytes(
         places = (after != before[name]).flatten().nonzero().flatten()
         chosen = delta.indices.get(name, torch.zeros(0, dtype=torch.int32))
         assert torch.isin(places, chosen.long()).all()
+
+
+def test_an_optimizer_that_would_not_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adafactor would not be used"):
+        run(tmp_path, f"tune.weights={MASK}", "tune.method=spiel_ag", "tune.optimizer=adafactor")

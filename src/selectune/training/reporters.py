@@ -73,6 +73,8 @@ def numbers(facts: dict[str, Any], layers: list[int]) -> dict[str, float]:
         for index, value in zip(layers, facts.get(key) or (), strict=False):
             if value is not None:
                 found[f"selectune/{key}/layer_{index}"] = float(value)
+    if (exchange := facts.get("reselected")) is not None:
+        found["selectune/reselected_share"] = exchange["entries"] / max(1, exchange["of"])
     for index, picks in facts.get("picks", {}).items():
         found[f"selectune/picked/layer_{index}"] = picks.count("1") / max(1, len(picks))
     return found

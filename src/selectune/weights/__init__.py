@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from selectune.methods.weights.saft import SAFT
     from selectune.methods.weights.sift import SIFT
     from selectune.methods.weights.snip import SNIP
-    from selectune.training.sparse.trial import drift_mask, rosa
+    from selectune.methods.weights.trial import drift_mask, rosa
     from selectune.weights.delta import SparseDelta
     from selectune.weights.eligible import eligible_weights
     from selectune.weights.mask import WeightMask
@@ -42,13 +42,13 @@ _HOMES = {
     "WeightMask": "selectune.weights.mask",
     "WeightScorer": "selectune.weights.scorer",
     "WeightScores": "selectune.weights.scores",
-    "drift_mask": "selectune.training.sparse.trial",
+    "drift_mask": "selectune.methods.weights.trial",
     "eligible_weights": "selectune.weights.eligible",
     "estimate": "selectune.weights.statistics",
     "export_shira": "selectune.weights.shira",
     "merge": "selectune.weights.merging",
     "random_matched": "selectune.methods.weights.random",
-    "rosa": "selectune.training.sparse.trial",
+    "rosa": "selectune.methods.weights.trial",
     "switch": "selectune.weights.merging",
     "unmerge": "selectune.weights.merging",
 }

@@ -41,6 +41,9 @@ class WeightMask:
 
     def __post_init__(self) -> None:
         """Refuse indices that stand for nothing."""
+        for name, shape in self.shapes.items():
+            if any(size < 0 for size in shape):
+                raise SelectionError(f"{name} cannot have the shape {list(shape)}")
         for name, index in self.indices.items():
             if name not in self.shapes:
                 raise SelectionError(f'"{name}" is no parameter that could have been chosen from')

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from selectune.data import Spec, Tokens, read_examples, tokenize
-from selectune.errors import ConfigError
+from selectune.errors import ConfigError, SelectionError
+from selectune.gradients.kernels import Swapped
 from selectune.registry import WeightNeed
 from selectune.weights.base import base_fingerprint
 from selectune.weights.budget import sizes_of
@@ -62,12 +63,20 @@ class WeightScorer(ScorerOptions):
         Raises:
             ConfigError: data or the fine-tuned model is needed and missing.
             DataError: the data cannot be used.
-            SelectionError: no weight is eligible, or the budget cannot be met.
+            SelectionError: no weight is eligible, the budget cannot be met, or single weights of
+                the model train already.
             CoverageError: an eligible weight is quantised.
             TrainingError: a gradient is not a number, or all are zero.
         """
         if isinstance(model, DistributedDataParallel):
             model = cast("nn.Module", model.module)
+        if any(isinstance(module, Swapped) for module in model.modules()):
+            raise SelectionError(
+                "the model has chosen entries already",
+                where=type(model).__name__,
+                why="gradients of its weights reach the chosen entries alone",
+                do="`restore` the model first, or score a fresh one",
+            )
         eligible = self.narrow(eligible_weights(model, self.eligible))
         sizes = sizes_of(model, eligible, self.lora_modules)
         needs = cast("frozenset[WeightNeed]", self.entry.needs)

@@ -78,3 +78,8 @@ def test_numbers_name_layers_by_their_index_in_the_model() -> None:
         "selectune/tokens/layer_4": 12,
         "selectune/picked/layer_4": 0.5,
     }
+
+
+def test_a_reselection_is_told_as_a_share() -> None:
+    facts = {"reselected": {"share": 0.2, "entries": 5, "of": 50}}
+    assert numbers(facts, []) == {"selectune/reselected_share": 0.1}

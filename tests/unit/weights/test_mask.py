@@ -69,6 +69,11 @@ def test_places_that_do_not_exist_are_refused(indices: dict[str, list[int]], wor
         WeightMask({name: torch.tensor(i) for name, i in indices.items()}, SHAPES)
 
 
+def test_a_size_below_nothing_is_refused() -> None:
+    with pytest.raises(SelectionError, match="shape"):
+        WeightMask({}, {"a": (-2, -3)})
+
+
 def test_masks_of_different_bases_do_not_combine() -> None:
     for combine in (WeightMask.__or__, WeightMask.__and__, WeightMask.__sub__):
         with pytest.raises(SelectionError, match="different base models"):

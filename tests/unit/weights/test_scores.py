@@ -13,6 +13,7 @@ from datasets import Dataset
 from tiny import tiny_model, tiny_tokens, tiny_trainable
 from torch import Tensor, nn
 
+import selectune
 from selectune import registry, weights
 from selectune.errors import ConfigError, SelectionError, TrainingError
 from selectune.registry import Entry
@@ -154,6 +155,15 @@ def test_missing_evidence_is_refused() -> None:
     assert "mean gradient" in caught.value.why
     with pytest.raises(ConfigError, match="lota needs the model after full fine-tuning"):
         weights.LoTA().score(model)
+
+
+@pytest.mark.parametrize("name", ["gallop", "random"])
+def test_a_model_with_chosen_entries_is_not_scored(name: str) -> None:
+    model = tiny_model("llama")
+    mask = weights.Random(density=0.1).score(model).select()
+    scorer = registry.get("weight_scorer", name).parse({})
+    with pytest.raises(SelectionError, match="chosen entries already"):
+        scorer.score(selectune.sparsify(model, mask), POOL)
 
 
 def test_weights_that_changed_are_not_chosen_from() -> None:
