@@ -1,7 +1,9 @@
-"""What an arm answers to held-out questions: ranked options, or its own words; asked once."""
+"""What an arm answers to held-out questions, in ranked options or its own words; asked once."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import nn
 from selectune.adapters import load_tuned
 from selectune.data import Example
 from selectune.evaluation import Evaluation, Generation, evaluate, generate_answers
+from selectune.evaluation.generic_text import GenericLoss, generic_loss
 from selectune.files import KillPoint, kill_point, open_dir, staged
 from selectune.ground import Ground, digest
 from selectune.models import Base
@@ -100,6 +103,36 @@ def generate_arm(
                     "facts.json", {"left_out": left_out, "n_truncated": written.n_truncated}
                 )
         found[task] = written
+    return found
+
+
+def read_arm(ground: Ground, name: str, path: Path | None) -> GenericLoss:
+    """Return what an arm expects of the recipe's plain text.
+
+    Args:
+        ground: of the run.
+        name: of the arm, for progress and prices.
+        path: of what was tuned; None for the untouched base.
+    """
+    texts = ground.texts[: ground.recipe.evaluate.limit]
+    content = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    fingerprint = digest({**_facts(ground, path, ()), "texts": content})
+    folder = ground.place("reading", f"reading/{name}", fingerprint)
+    step = f"read {name}"
+    if ground.is_done(folder, "reading", fingerprint):
+        ground.recall(step, folder)
+        facts = open_dir(folder, kind="reading").read_json("loss.json")
+        return GenericLoss(*(tuple(facts[key]) for key in ("ids", "nats", "n_tokens")))
+    base, model = _once(ground, path)()
+    how = _how(ground, base)
+    window = how.pop("max_length")
+    with (
+        ground.charge(step, folder),
+        ground.progress.phase(f"{name} reads plain text", None, "windows") as advance,
+    ):
+        found = generic_loss(model, texts, base.tokenizer, window=window, advance=advance, **how)
+        with staged(folder, kind="reading", meta={"fingerprint": fingerprint}) as stage:
+            stage.write_json("loss.json", asdict(found))
     return found
 
 

@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from selectune.answered import evaluate_arm, generate_arm
+from selectune.answered import evaluate_arm, generate_arm, read_arm
 from selectune.arms import BASE, TunedArm, choose, control_selection, tune_arm
 from selectune.comparison import RANDOM, Cell, ComparisonTable, make_rows
 from selectune.data import Example, content_key
 from selectune.errors import ConfigError, DataError
 from selectune.evaluation import Evaluation, Generation
+from selectune.evaluation.generic_text import GenericLoss
 from selectune.evaluation.transfer import Scoring
 from selectune.files import lock, sweep, write_file
 from selectune.foresee import refuse_unworkable
@@ -39,6 +40,7 @@ from selectune.recipe_methods import FULL
 from selectune.record import Record
 from selectune.scoring import score_pool
 from selectune.selection import Selection
+from selectune.text_table import TextRow, text_rows
 from selectune.transfer_table import TransferRow, transfer_rows
 
 Tasks = tuple[str, ...]
@@ -59,6 +61,7 @@ class _Grid:
             "likelihood": {},
             "generated": {},
         }
+        self.read: dict[str, dict[tuple[str, int], GenericLoss]] = {}
         self._aside: dict[str, list[Example]] = {}
         first = self.ground(matrix.seeds[0])
         self.tasks = list(matrix.targets) or list(first.prepared.targets)
@@ -224,6 +227,9 @@ class _Grid:
         if self.recipe.evaluate.generate:
             written = generate_arm(self.ground(seed), label, arm.path, questions)
             self._keep(method, tasks, seed, written, "generated")
+        if self.reads_text:
+            read = read_arm(self.ground(seed), label, arm.path)
+            self.read.setdefault(method.name, {})[tasks[0], seed] = read
         sources = [prepared.sources[i] for i in selection.ids]
         known = set(prepared.sources.values())
         found: dict[str, Cell] = {}
@@ -276,6 +282,22 @@ class _Grid:
         ]
 
     @property
+    def reads_text(self) -> bool:
+        """Whether models read plain text too."""
+        return self.recipe.evaluate.text is not None
+
+    def text_table(self) -> list[TextRow]:
+        """Return what training did to plain text; nothing unless asked for."""
+        if not self.reads_text:
+            return []
+        return text_rows(
+            {method: list(found.values()) for method, found in self.read.items()},
+            read_arm(self.ground(self.matrix.seeds[0]), BASE, None),
+            reference=RANDOM,
+            n_boot=self.recipe.evaluate.intervals,
+        )
+
+    @property
     def is_measured(self) -> bool:
         """Whether the memory of one training is known: on a CPU only that of the whole process."""
         return choose_device(self.recipe.model.device).type != "cpu"
@@ -319,7 +341,9 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
             seeds=matrix.seeds,
             n_boot=recipe.evaluate.intervals,
         )
-        table = ComparisonTable(rows, out, costs, grid.tried, grid.transfer_table(bases))
+        table = ComparisonTable(
+            rows, out, costs, grid.tried, grid.transfer_table(bases), grid.text_table()
+        )
         write_file(out / "table.json", json.dumps(table.to_json(), indent=1).encode())
         write_file(out / "table.csv", table.to_csv().encode())
         write_file(out / "table.md", ("\n".join(table.lines()[:-2]) + "\n").encode())

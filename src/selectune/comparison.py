@@ -13,6 +13,7 @@ from selectune.arms import BASE
 from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds
 from selectune.run import together
 from selectune.tables import aligned
+from selectune.text_table import TextRow, text_lines
 from selectune.transfer_table import TransferRow, transfer_lines
 
 RANDOM = "random"
@@ -119,6 +120,7 @@ class ComparisonTable:
         costs: seconds of each shared piece, by seed and step.
         tried: answer loss on the targets held aside, by method, tasks and setting.
         transfers: what tuning on one task did to the others, where that was asked for.
+        texts: what it did to plain text, where the recipe names one.
     """
 
     rows: tuple[Row, ...]
@@ -126,6 +128,7 @@ class ComparisonTable:
     costs: Mapping[str, Any]
     tried: Sequence[Mapping[str, Any]] = ()
     transfers: Sequence[TransferRow] = ()
+    texts: Sequence[TextRow] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -133,6 +136,8 @@ class ComparisonTable:
         found = {"rows": rows, "costs": dict(self.costs), "tried": [dict(t) for t in self.tried]}
         if self.transfers:
             found["transfer"] = [row.to_json() for row in self.transfers]
+        if self.texts:
+            found["text"] = [row.to_json() for row in self.texts]
         return found
 
     def lines(self) -> list[str]:
@@ -163,6 +168,8 @@ class ComparisonTable:
         lines = aligned(head, body)
         if self.transfers:
             lines += ["", *transfer_lines(self.transfers)]
+        if self.texts:
+            lines += ["", *text_lines(self.texts)]
         return [*lines, "", f"table: {self.out / 'table.md'}, {self.out / 'table.json'}"]
 
     def to_csv(self) -> str:

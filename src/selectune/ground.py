@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from selectune.data import Tokens
+from selectune.data import Tokens, read_examples
 from selectune.errors import CorruptFileError, IncompatibleRunError
 from selectune.files import is_complete, open_dir, write_file
 from selectune.gradients.store import StoredPool
@@ -91,6 +91,15 @@ class Ground:
                 self.progress.note(f"{n} targets of {task} kept no target token: left out")
         return tokens
 
+    @cached_property
+    def texts(self) -> list[str]:
+        """Plain text to measure forgetting with; empty where the recipe names none."""
+        path = self.assets.text
+        if path is None:
+            return []
+        rows = read_examples(path, what="text", form="text")
+        return [e.content["text"] for e in rows]
+
     @property
     def tasks(self) -> list[str]:
         """The target tasks this run is about."""
@@ -104,6 +113,7 @@ class Ground:
         """Take data and tokens from a ground of the same data section, instead of reading anew."""
         self.assets, self.prepared = other.assets, other.prepared
         self.tokenizer, self.tokens = other.tokenizer, other.tokens
+        self.texts = other.texts
 
     @property
     def dropped(self) -> dict[str, str]:

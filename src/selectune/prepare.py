@@ -35,6 +35,7 @@ class Assets:
 
     model: ModelSection
     data: DataSection
+    text: str | None = None  # of evaluate.text
 
 
 def resolve(recipe: Recipe) -> Assets:
@@ -92,6 +93,7 @@ def resolve(recipe: Recipe) -> Assets:
     return Assets(
         recipe.model.model_copy(update={"base": path(recipe.model.base)}),
         data.model_copy(update=changes),
+        None if recipe.evaluate.text is None else path(recipe.evaluate.text),
     )
 
 
@@ -102,6 +104,7 @@ def _demo_names(assets: DemoAssets, mix: str = "") -> dict[str, Path]:
         f"{home}pool": assets.pool,
         **{f"{home}target/{task}": file for task, file in assets.targets.items()},
         **{f"{home}heldout/{task}": file for task, file in assets.heldout.items()},
+        **{f"{home}text/{part}": file for part, file in assets.texts.items()},
     }
 
 

@@ -246,11 +246,18 @@ class EvaluateSection(Section):
     intervals: Annotated[int, Field(ge=100)] = Field(
         default=10000, description="bootstrap draws behind an interval"
     )
-    limit: Count | None = Field(default=None, description="held-out examples per task; null: all")
+    limit: Count | None = Field(
+        default=None, description="held-out examples per task, and texts; null: all"
+    )
     token_budget: Count = Field(default=4096, description="padded tokens in one evaluation batch")
     generate: bool = Field(
         default=False,
         description="compare: also let models write their answers, beside ranking the options",
+    )
+    text: Text | None = Field(
+        default=None,
+        description='compare: rows of plain text ("text") that has nothing to do with the tasks; '
+        "the loss on it shows what is forgotten",
     )
     lm_eval: list[Text] = Field(default=[], description="lm-eval tasks to run too (extra: eval)")
 

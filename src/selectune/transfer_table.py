@@ -47,7 +47,7 @@ class TransferRow:
         return {
             "method": self.method,
             **self.found.to_json(),
-            "vs_random": {k: None if v is None else _plain(v) for k, v in differences.items()},
+            "vs_random": {k: None if v is None else v.to_json() for k, v in differences.items()},
         }
 
 
@@ -125,7 +125,3 @@ def _told(found: Estimate | None, metric: Metric) -> str:
 
 def _interval(found: Estimate | None) -> str:
     return "-" if found is None else f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-
-
-def _plain(found: Estimate) -> dict[str, float]:
-    return {"value": found.value, "low": found.low, "high": found.high}

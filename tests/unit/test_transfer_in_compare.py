@@ -44,8 +44,15 @@ def grid(path: Path, *overrides: str) -> ComparisonTable:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("transfer")
-    grid(two_tasks(folder), "evaluate.generate=true")
+    texts = ["The sky is blue. " * 3, "One and one are two.", "Nobody knows."]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "text.jsonl").write_text(rows)
+    grid(two_tasks(folder), *everything(folder))
     return folder
+
+
+def everything(folder: Path) -> tuple[str, ...]:
+    return ("evaluate.generate=true", f"evaluate.text={folder}/text.jsonl")
 
 
 def transfer(folder: Path) -> list[dict[str, object]]:
@@ -76,6 +83,23 @@ def test_what_a_task_gives_itself_stands_in_both_tables(folder: Path) -> None:
         assert row["estimates"]["id_accuracy"]["value"] == pytest.approx(own[row["method"]])  # type: ignore[index]
 
 
+def test_plain_text_is_read_by_base_and_every_model(folder: Path) -> None:
+    base, random, gallop = json.loads((folder / "run/table.json").read_text())["text"]
+    assert (base["method"], random["method"], gallop["method"]) == ("base", "random", "gallop")
+    for row in (random, gallop):
+        away = row["nats_per_token"] - base["nats_per_token"]
+        assert row["vs_base"]["value"] == pytest.approx(away)
+        assert row["vs_base"]["low"] <= away <= row["vs_base"]["high"]
+        assert away != 0
+    assert random["vs_random"] is None
+    between = gallop["nats_per_token"] - random["nats_per_token"]
+    assert gallop["vs_random"]["value"] == pytest.approx(between)
+    # Four models of each method: two tasks, two seeds.
+    losses = list((folder / "run/shared/reading").glob("*/loss.json"))
+    assert len(losses) == 1 + 2 * 4
+    assert "perplexity" in (folder / "run/table.md").read_text()
+
+
 def test_models_are_trained_on_their_tasks_own_examples(folder: Path) -> None:
     table = json.loads((folder / "run/table.json").read_text())["rows"]
     assert {row["precision"] for row in table if row["precision"] is not None} == {1.0}
@@ -91,10 +115,11 @@ def test_the_same_command_again_computes_nothing(folder: Path) -> None:
     files = list((folder / "run/shared").rglob("*.parquet"))
     before = {p: p.stat().st_mtime_ns for p in files}
     table = (folder / "run/table.json").read_bytes()
-    grid(folder / "recipe.yaml", "evaluate.generate=true")
+    grid(folder / "recipe.yaml", *everything(folder))
     assert {p: p.stat().st_mtime_ns for p in files} == before
     again = json.loads((folder / "run/table.json").read_bytes())
     assert again["transfer"] == json.loads(table)["transfer"]
+    assert again["text"] == json.loads(table)["text"]
 
 
 @pytest.mark.parametrize(

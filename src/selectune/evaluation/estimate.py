@@ -1,6 +1,6 @@
 """A number with its interval."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 LEVELS = (2.5, 97.5)
 
@@ -17,3 +17,7 @@ class Estimate:
     def excludes_zero(self) -> bool:
         """Whether a difference is beyond the noise of questions and seeds."""
         return self.low > 0 or self.high < 0
+
+    def to_json(self) -> dict[str, float]:
+        """Return plain values."""
+        return asdict(self)

@@ -129,6 +129,21 @@ def generic_loss(
     return _joined(read, [k for k, _ in windows], nats, n_tokens)
 
 
+def mean_loss(losses: Sequence[GenericLoss]) -> GenericLoss:
+    """Return what several models that read the same texts expect of them on average.
+
+    Raises:
+        DataError: they did not read the same tokens.
+    """
+    first = losses[0]
+    if any((x.ids, x.n_tokens) != (first.ids, first.n_tokens) for x in losses):
+        raise _other_texts()
+    by_text = zip(*(x.nats for x in losses), strict=True)
+    return GenericLoss(
+        first.ids, tuple(math.fsum(t) / len(losses) for t in by_text), first.n_tokens
+    )
+
+
 def compare_generic(
     a: GenericLoss, b: GenericLoss, *, n_boot: int = 10_000, seed: int = 0
 ) -> Estimate:
@@ -142,16 +157,20 @@ def compare_generic(
     )
     ids = sorted(mine)
     if ids != sorted(other) or any(mine[id][1] != other[id][1] for id in ids):
-        raise DataError(
-            "two losses on generic text cannot be compared",
-            why="the two models did not read the same texts in the same tokens",
-            do="give both the same texts, tokenizer, window and context",
-        )
+        raise _other_texts()
     nats = np.array([mine[id][0] - other[id][0] for id in ids])
     n_tokens = np.array([mine[id][1] for id in ids])
     picks = np.random.default_rng(seed).integers(len(ids), size=(n_boot, len(ids)))
     low, high = np.percentile(nats[picks].sum(1) / n_tokens[picks].sum(1), LEVELS)
     return Estimate(float(nats.sum() / n_tokens.sum()), float(low), float(high))
+
+
+def _other_texts() -> DataError:
+    return DataError(
+        "losses on generic text cannot be compared",
+        why="the models did not read the same texts in the same tokens",
+        do="give all the same texts, tokenizer, window and context",
+    )
 
 
 def _windows(text: Tokens, window: int, context: int) -> list[Tokens]:

@@ -29,6 +29,9 @@ N_ROWS = 30
 
 def raw_row(task: str, k: int) -> dict[str, Any]:
     row: dict[str, Any] = {"question": f"{task} {k}?", "answer": f"B. right {k}"}
+    if task == "boolq":
+        passage = f"Passage {k // 2}\nof text."  # some have two questions
+        return {"question": f"is it {k}", "passage": passage, "answer": "True"}
     if task in ("asdiv", "nq"):
         return row | {"answer": [f"{k}", "or else"]}
     return row | {"options": f"\nA. wrong {k}\nB. right {k}"}
@@ -122,6 +125,24 @@ def test_the_other_mix_lies_beside_the_first(index: Index, tmp_path: Path) -> No
     assert len(index.fetched) == 3
 
 
+def test_texts_are_passages_that_no_example_shows(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_N_HELDOUT_TEXTS", 1)
+    assert demo_assets(tmp_path, **SIZES).texts == {}
+    assets = demo_assets(tmp_path, n_pool=6, n_target=1, n_heldout=3, mix=COMMONSENSE)
+    parts = [assets.pool, assets.targets["boolq"], assets.heldout["boolq"]]
+    shown = " ".join(path.read_text() for path in parts)
+    texts = {
+        name: [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        for name, path in assets.texts.items()
+    }
+    assert len(texts["heldout"]) == 1
+    free = [*texts["heldout"], *texts["calibration"]]
+    every = {f"Passage {k} of text." for k in range(N_ROWS // 2)}
+    assert sorted(free) == sorted(text for text in every if text not in shown)
+
+
 def test_a_recipe_names_the_parts_of_both_mixes(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +154,7 @@ def test_a_recipe_names_the_parts_of_both_mixes(
         "model.base": "demo:model",
         "data.pool": "demo:commonsense/pool",
         "data.target": {"a": "demo:commonsense/target/boolq", "b": "demo:target/mmlu"},
+        "evaluate.text": "demo:commonsense/text/heldout",
     }
     recipe = Recipe.model_validate(
         {"model": {"base": "x"}, "data": {"pool": "x", "target": "x"}}
@@ -141,6 +163,7 @@ def test_a_recipe_names_the_parts_of_both_mixes(
     found = prepare.resolve(recipe)
     assert found.model.base == str(first.model)
     assert found.data.pool == str(other.pool)
+    assert found.text == str(other.texts["heldout"])
     assert found.data.target == {"a": str(other.targets["boolq"]), "b": str(first.targets["mmlu"])}
     with pytest.raises(ConfigError, match="is no part of the demo"):
         prepare.resolve(recipe.changed({"data.pool": "demo:commonsense/target/hellaswag"}))
