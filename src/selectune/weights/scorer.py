@@ -45,6 +45,7 @@ class WeightScorer(ScorerOptions):
         token_budget: int = 1024,
         precision: str | None = None,
         tuned: nn.Module | str | Path | None = None,
+        spill: str | Path | None = None,
         advance: Advance | None = None,
     ) -> WeightScores:
         """Score every eligible weight of a model as it stands; nothing about it changes.
@@ -58,6 +59,8 @@ class WeightScorer(ScorerOptions):
             token_budget: padded tokens in one batch.
             precision: "float32" or "bfloat16"; None takes the type of the model's weights.
             tuned: the model after full fine-tuning, or its folder; for scorers that need it.
+            spill: folder on whose disk sums of gradients lie meanwhile, 4 bytes per eligible
+                weight; None keeps them in memory.
             advance: called with the number of examples just done.
 
         Raises:
@@ -67,6 +70,7 @@ class WeightScorer(ScorerOptions):
                 the model train already.
             CoverageError: an eligible weight is quantised.
             TrainingError: a gradient is not a number, or all are zero.
+            StorageError: the sums find no room in `spill`.
         """
         if isinstance(model, DistributedDataParallel):
             model = cast("nn.Module", model.module)
@@ -100,6 +104,7 @@ class WeightScorer(ScorerOptions):
                 precision=precision or asked,
                 token_budget=token_budget,
                 tuned=self._tuned(tuned) if "drift" in needs else None,
+                spill=None if spill is None else Path(spill),
                 advance=advance,
             )
         return WeightScores(self, eligible, found, sizes, base_fingerprint(model))

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -77,6 +78,7 @@ def estimate(
     precision: str = "float32",
     token_budget: int = 1024,
     tuned: nn.Module | None = None,
+    spill: Path | None = None,
     advance: Advance | None = None,
 ) -> Statistics:
     """Compute what a weight scorer needs; model, gradients and flags are left as they were.
@@ -97,12 +99,15 @@ def estimate(
         precision: autocast of the forward pass.
         token_budget: padded tokens in one batch.
         tuned: the model after full fine-tuning, for "drift".
+        spill: folder on whose disk the sums lie, 4 bytes per eligible weight; None keeps them in
+            memory.
         advance: called with the number of examples just done.
 
     Raises:
         DataError: a pass over examples is needed and there are none.
         TrainingError: a gradient is not a number, or all of them are zero.
         SelectionError: the fine-tuned model is another one.
+        StorageError: the sums find no room on disk.
     """
     values: dict[WeightNeed, dict[str, Tensor]] = {}
     used: list[Tokens] = []
@@ -121,7 +126,7 @@ def estimate(
             values[need] = _drift(eligible, tuned)
             continue
         batches = _batches(used, need, micro_batch, token_budget)
-        sums = GradientSums(eligible, is_squared=need == "square_gradient")
+        sums = GradientSums(eligible, is_squared=need == "square_gradient", spill=spill)
         with sums.watching(model):
             for items in batches[rank() :: world()]:
                 _backward(model, items, need, weighting, pad_id, precision)

@@ -1,16 +1,21 @@
 """Sums of gradients, of which no more than one is ever alive in full.
 
 Autograd hands over one parameter's gradient after the other; each is added to an fp32 sum on the
-CPU (sums in half precision stall) and freed before the next one is formed.
+CPU (sums in half precision stall) and freed before the next one is formed. Sums that memory has no
+room for can lie on disk.
 """
 
+import os
+import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from selectune.errors import TrainingError
+from selectune.files.disk import storage_errors
 from selectune.gradients.capture import set_aside_gradients
 from selectune.gradients.engine import dropout_off
 from selectune.weights.eligible import EligibleWeight
@@ -22,11 +27,18 @@ class GradientSums:
     Args:
         eligible: the weights.
         is_squared: square each pass's gradient before it is added.
+        spill: folder on whose disk the sums lie; None keeps them in memory.
     """
 
-    def __init__(self, eligible: Mapping[str, EligibleWeight], *, is_squared: bool) -> None:
+    def __init__(
+        self,
+        eligible: Mapping[str, EligibleWeight],
+        *,
+        is_squared: bool,
+        spill: Path | None = None,
+    ) -> None:
         self._weights = {name: w.parameter for name, w in eligible.items()}
-        self._is_squared = is_squared
+        self._is_squared, self._spill = is_squared, spill
         self._sums: dict[str, Tensor] = {}
         self._counted: set[str] = set()
         self.peak_bytes = 0
@@ -81,7 +93,18 @@ class GradientSums:
                 part = part.float().square_()
             if name in self._sums:
                 self._sums[name].add_(part)
-            else:  # nobody else holds the gradient: it becomes the sum
+            elif self._spill is None:  # nobody else holds the gradient: it becomes the sum
                 self._sums[name] = part.float()
+            else:
+                self._sums[name] = _on_disk(self._spill, part.shape).copy_(part)
 
         return add
+
+
+def _on_disk(folder: Path, shape: torch.Size) -> Tensor:
+    """Return a tensor in a file that has no name: it is gone with the tensor, or the process."""
+    with storage_errors(folder), tempfile.NamedTemporaryFile(dir=folder) as file:
+        # A disk that fills up later would kill the process instead of raising an error.
+        os.posix_fallocate(file.fileno(), 0, max(1, 4 * shape.numel()))
+        mapped = torch.from_file(file.name, shared=True, size=shape.numel(), dtype=torch.float32)
+    return mapped.view(shape)

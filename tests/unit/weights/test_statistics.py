@@ -16,7 +16,8 @@ from tiny import tiny_model, tiny_tokens, tiny_trainable
 from torch import Tensor, nn
 
 from selectune.data import Tokens
-from selectune.errors import DataError, SelectionError, TrainingError
+from selectune.errors import DataError, SelectionError, StorageError, TrainingError
+from selectune.registry import WeightNeed
 from selectune.weights.eligible import eligible_weights
 from selectune.weights.mask import WeightMask
 from selectune.weights.statistics import Statistics, drawn, estimate
@@ -45,6 +46,24 @@ def test_the_model_is_left_as_it_was(kind: str) -> None:
     assert torch.equal(first.grad, torch.ones_like(first))
     assert all(p.grad is None for p in model.parameters() if p is not first)
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("need", ["mean_gradient", "square_gradient"])
+def test_sums_on_disk_are_the_sums_in_memory(tmp_path: Path, need: WeightNeed) -> None:
+    model = tiny_model("llama")
+    eligible, needs = eligible_weights(model, "layers"), frozenset({need})
+    here = estimate(model, POOL, needs, eligible)
+    there = estimate(model, POOL, needs, eligible, spill=tmp_path)
+    for name, tensor in there.values[need].items():
+        assert torch.equal(tensor, here.values[need][name])
+        assert str(tensor.untyped_storage().filename).startswith(str(tmp_path))
+        assert here.values[need][name].untyped_storage().filename is None
+    assert not list(tmp_path.iterdir())  # nothing is left behind, however the process ends
+
+
+def test_sums_find_no_room_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="nowhere"):
+        mean(tiny_model("llama"), spill=tmp_path / "nowhere")
 
 
 def test_dropout_is_off() -> None:
