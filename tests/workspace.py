@@ -31,14 +31,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_model(folder: Path, seed: int = 0) -> None:
-    """Write a random two-layer Llama and its tokenizer as `from_pretrained` wants them."""
+def save_model(folder: Path, seed: int = 0, n_layers: int = 2) -> None:
+    """Write a random Llama and its tokenizer as `from_pretrained` wants them."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=258,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=n_layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=256,

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from selectune.methods.layers.rst import RST
     from selectune.methods.sparse.spiel_ag import SpielAG
     from selectune.methods.sparse.spiel_ma import SpielMA
+    from selectune.offsite.emulate import emulate
+    from selectune.offsite.loading import Emulator
+    from selectune.offsite.plugin import plug
     from selectune.selection import Scores, Selection
     from selectune.training.sparse import sparsify
     from selectune.weights.merging import merge, unmerge
@@ -26,11 +29,14 @@ if TYPE_CHECKING:
 # Names are looked up on first use: `selectune --help` imports this package, and must not wait for
 # torch.
 _HOMES = {
+    "emulate": "selectune.offsite.emulate",
     "merge": "selectune.weights.merging",
+    "plug": "selectune.offsite.plugin",
     "score": "selectune.api",
     "select": "selectune.api",
     "sparsify": "selectune.training.sparse",
     "unmerge": "selectune.weights.merging",
+    "Emulator": "selectune.offsite.loading",
     "Scores": "selectune.selection",
     "Selection": "selectune.selection",
     "SelectuneError": "selectune.errors",
@@ -50,12 +56,15 @@ __all__ = [
     "LISA",
     "OWS",
     "RST",
+    "Emulator",
     "Scores",
     "Selection",
     "SelectuneError",
     "SpielAG",
     "SpielMA",
+    "emulate",
     "merge",
+    "plug",
     "score",
     "select",
     "sparsify",

@@ -13,6 +13,7 @@ from selectune.data import Example, near_duplicates
 from selectune.equip import adapter_of, equip, mask_digest
 from selectune.ground import Ground, digest
 from selectune.methods.rules import Budget, select, target_columns
+from selectune.package_recipe import layers_of
 from selectune.recipe import AdapterSection, TuneSection
 from selectune.recipe_methods import FULL
 from selectune.registry import get
@@ -126,7 +127,8 @@ def tune_arm(
     items = [t for t in ground.tokens.pool if t.id in chosen]
 
     def fine_tune() -> nn.Module:
-        changes = {"adapter": AdapterSection(kind="full"), "weights": None}
+        whole = AdapterSection(kind="full", layers=layers_of(recipe))
+        changes = {"adapter": whole, "weights": None}
         everything = options.plainly().model_copy(update=changes)
         arm = tune_arm(ground, f"{name} before its mask", selection, tuning=everything)
         return load_tuned(ground.base(), arm.path)

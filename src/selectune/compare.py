@@ -34,6 +34,7 @@ from selectune.files import lock, sweep, write_file
 from selectune.foresee import refuse_unworkable
 from selectune.ground import Ground, digest
 from selectune.models import choose_device
+from selectune.package_recipe import fitted
 from selectune.progress import Progress
 from selectune.recipe import MatrixMethod, MatrixSection, Recipe, TuneSection
 from selectune.recipe_methods import FULL
@@ -315,6 +316,7 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
         ConfigError: the recipe has no matrix, or a task has no held-out examples.
         IncompatibleRunError: the folder holds a grid of another recipe.
     """
+    recipe = fitted(recipe)
     matrix = recipe.matrix
     if matrix is None:
         raise ConfigError("the recipe has no matrix", where="matrix", do="add matrix.methods")

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from selectune.arms import BASE
-from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds
-from selectune.run import together
+from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds, together
 from selectune.tables import aligned
 from selectune.text_table import TextRow, text_lines
 from selectune.transfer_table import TransferRow, transfer_lines

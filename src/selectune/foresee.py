@@ -13,8 +13,9 @@ from selectune.equip import adapter_of, scorer_of
 from selectune.errors import ConfigError
 from selectune.ground import Ground
 from selectune.methods.data_layer.gast import GAST
-from selectune.models import choose_device, choose_precision, load_config
-from selectune.recipe import TuneSection
+from selectune.models import choose_device, choose_precision, load_config, model_is_package
+from selectune.offsite.loading import outline as package_outline
+from selectune.recipe import ModelSection, TuneSection
 from selectune.recipe_methods import PLAIN
 from selectune.registry import get
 from selectune.training.chosen import chosen_method, options_of
@@ -67,7 +68,7 @@ def outline(ground: Ground, tuning: TuneSection | None = None) -> Outline:
     recipe = ground.recipe
     adapter = recipe.adapter if tuning is None else adapter_of(ground, tuning)
     with torch.device("meta"):
-        bare = cast("nn.Module", AutoModelForCausalLM.from_config(load_config(ground.assets.model)))
+        bare = _bare(ground.assets.model)
         n_base = sum(p.numel() for p in bare.parameters())
         eligible: dict[str, int] = {}
         n_weights = 0
@@ -80,6 +81,12 @@ def outline(ground: Ground, tuning: TuneSection | None = None) -> Outline:
             p.requires_grad_(False)
         model = bare if adapter is None else add_adapter(bare, adapter, seed=recipe.seed)
     return Outline(model, n_base, eligible, n_weights)
+
+
+def _bare(section: ModelSection) -> nn.Module:
+    if model_is_package(section.base):
+        return package_outline(section.base)
+    return cast("nn.Module", AutoModelForCausalLM.from_config(load_config(section)))
 
 
 def refuse_unworkable(ground: Ground, tunings: Sequence[TuneSection]) -> None:

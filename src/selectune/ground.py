@@ -1,9 +1,8 @@
 """What the steps of one run share: data, tokens, the base model, and where results lie."""
 
-import hashlib
 import json
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -13,22 +12,24 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from selectune.data import Tokens, read_examples
+from selectune.digests import digest as digest
 from selectune.errors import CorruptFileError, IncompatibleRunError
 from selectune.files import is_complete, open_dir, write_file
 from selectune.gradients.store import StoredPool
 from selectune.measure import Measured
-from selectune.models import Base, load_base, load_tokenizer
+from selectune.models import (
+    Base,
+    choose_device,
+    choose_precision,
+    load_base,
+    load_tokenizer,
+    model_is_package,
+)
 from selectune.prepare import Assets, Prepared, PreparedTokens, read_data, resolve, tokenize_all
 from selectune.progress import Progress
 from selectune.recipe import Recipe, TuneSection
 from selectune.training import TuneResult, tune
 from selectune.training.chosen import chosen_method
-
-
-def digest(facts: Mapping[str, Any]) -> str:
-    """Return a short hash of plain values, the same for the same values in any order of keys."""
-    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class Ground:
@@ -126,7 +127,11 @@ class Ground:
         Raises:
             IncompatibleRunError: it is not the base that earlier steps of the run saw.
         """
-        base = load_base(self.assets.model, adapter=self.recipe.adapter)
+        section = self.assets.model
+        # What trains on an emulator goes back to the model: its start is not to be rounded.
+        precision = choose_precision(section.dtype, choose_device(section.device))
+        as_stored = model_is_package(section.base) and precision != "float32"
+        base = load_base(section, adapter=self.recipe.adapter, as_stored=as_stored)
         if base.fingerprint != (self.expected_base or base.fingerprint):
             raise IncompatibleRunError(
                 "the base model has changed since the run began",

@@ -71,11 +71,12 @@ def cpu_has_fast_bf16() -> bool:
     return info.exists() and bool({"avx512_bf16", "amx_bf16"} & set(info.read_text().split()))
 
 
-def load_base(section: ModelSection, *, adapter: AdapterSection) -> Base:
+def load_base(section: ModelSection, *, adapter: AdapterSection, as_stored: bool = False) -> Base:
     """Load a causal LM and its tokenizer.
 
     Weights come in the chosen precision; with `adapter.kind: full` they come in fp32 (what trains
-    needs it), and only the forward pass runs in the chosen precision.
+    needs it), and only the forward pass runs in the chosen precision. With `as_stored` they keep
+    the type that they have on disk, whatever the forward pass runs in.
 
     Raises:
         ConfigError: there is no such model, or it is not a causal LM.
@@ -83,6 +84,10 @@ def load_base(section: ModelSection, *, adapter: AdapterSection) -> Base:
     device = choose_device(section.device)
     precision = choose_precision(section.dtype, device)
     held = torch.float32 if adapter.kind == "full" else getattr(torch, precision)
+    if as_stored:
+        held = "auto"
+    # First, so that nothing of a package is used before all of it was checked.
+    emulator = _emulator(section, held) if model_is_package(section.base) else None
     tokenizer = load_tokenizer(section)
     if getattr(load_config(section), "quantization_config", None) is not None:
         raise ConfigError(
@@ -93,8 +98,17 @@ def load_base(section: ModelSection, *, adapter: AdapterSection) -> Base:
             else "runs on quantised weights are not tested, adapters on them included",
             do="give the model in fp32 or bf16",
         )
+    model: Any = emulator or _causal_lm(section, held)
+    model.to(device)
+    model.config.use_cache = False
+    pad_id = cast("int | None", tokenizer.pad_token_id) or 0
+    found = _base_fingerprint(model, section)
+    return Base(model, tokenizer, device, precision, found, pad_id)
+
+
+def _causal_lm(section: ModelSection, held: torch.dtype | str) -> nn.Module:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             section.base,
             revision=section.revision,
             dtype=held,
@@ -109,19 +123,37 @@ def load_base(section: ModelSection, *, adapter: AdapterSection) -> Base:
         why = "a weight has another shape than config.json gives it"
         raise _unreadable(section, why) from error
     except ImportError as error:
-        raise ConfigError(
-            f"model.attention is {section.attention}, and its library is missing",
-            where="model.attention",
-            why=str(error).split("\n", 1)[0],
-            do="install it, or use model.attention=sdpa",
-        ) from error
+        raise _no_attention(section, error) from error
     except (OSError, ValueError) as error:
         raise _no_model(section, error) from error
-    cast("nn.Module", model).to(device)
-    model.config.use_cache = False
-    pad_id = cast("int | None", tokenizer.pad_token_id) or 0
-    found = _base_fingerprint(model, section)
-    return Base(model, tokenizer, device, precision, found, pad_id)
+
+
+def _emulator(section: ModelSection, held: torch.dtype | str) -> nn.Module:
+    from selectune.offsite.loading import load_emulator
+
+    dtype = held if isinstance(held, torch.dtype) else None
+    try:
+        return load_emulator(section.base, dtype=dtype, attention=section.attention)
+    except ImportError as error:
+        raise _no_attention(section, error) from error
+
+
+def model_is_package(base: str | Path) -> bool:
+    """Return whether a model is an emulator package: a stand-in, of which some layers train."""
+    from selectune.offsite.loading import is_package
+
+    return is_package(base)
+
+
+def adapter_layers(base: str | Path) -> tuple[int, ...]:
+    """Return which layers of an emulator package train, by the emulator's numbers.
+
+    Raises:
+        CorruptFileError: it is no package, or its manifest was changed.
+    """
+    from selectune.offsite.loading import adapter_layers as found
+
+    return found(base)
 
 
 def _base_fingerprint(model: nn.Module, section: ModelSection) -> str:
@@ -178,6 +210,15 @@ def _unreadable(section: ModelSection, why: str) -> CorruptFileError:
         where=section.base,
         why=why,
         do="copy or download the model again",
+    )
+
+
+def _no_attention(section: ModelSection, error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"model.attention is {section.attention}, and its library is missing",
+        where="model.attention",
+        why=str(error).split("\n", 1)[0],
+        do="install it, or use model.attention=sdpa",
     )
 
 

@@ -27,6 +27,7 @@ from selectune.selection import Selection
 
 DEMO = "demo:"
 ONLY_TASK = "target"  # what a target without a name is called
+Paths = str | list[str] | Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +39,19 @@ class Assets:
     text: str | None = None  # of evaluate.text
 
 
-def resolve(recipe: Recipe) -> Assets:
-    """Return the recipe's model and data sections with every `demo:` name made a path.
+class DemoNames:
+    """Turns `demo:` names into paths; each part of the demo is fetched once, when it is named."""
 
-    Raises:
-        ConfigError: an unknown demo name, or held-out tasks that are no target tasks.
-        StorageError: the demo's parts cannot be fetched.
-    """
-    fetched: dict[str, dict[str, Path]] = {}
+    def __init__(self) -> None:
+        self._fetched: dict[str, dict[str, Path]] = {}
 
-    def path(name: str) -> str:
+    def path(self, name: str) -> str:
+        """Return the path that a `demo:` name stands for, any other name as it is.
+
+        Raises:
+            ConfigError: an unknown demo name.
+            StorageError: the demo's parts cannot be fetched.
+        """
         if not name.startswith(DEMO):
             return name
         # "demo:pool/30" asks for 30 pool examples per task.
@@ -56,13 +60,13 @@ def resolve(recipe: Recipe) -> Assets:
             size = ""
         is_other = name.startswith(f"{DEMO}{COMMONSENSE.name}/")
         part = COMMONSENSE.name if is_other else size
-        if part not in fetched:
-            fetched[part] = (
+        if part not in self._fetched:
+            self._fetched[part] = (
                 _commonsense()
                 if is_other
                 else _demo_names(demo_assets(n_pool=int(size)) if size else demo_assets())
             )
-        known = fetched[part]
+        known = self._fetched[part]
         if size:
             name = f"{DEMO}pool"
         if name not in known:
@@ -71,17 +75,26 @@ def resolve(recipe: Recipe) -> Assets:
             )
         return str(known[name])
 
-    def paths(spec: str | list[str] | Mapping[str, str]) -> str | list[str] | dict[str, str]:
+    def paths(self, spec: Paths) -> Paths:
+        """Return the same for one name, a list of them or a mapping to them."""
         if isinstance(spec, str):
-            return path(spec)
+            return self.path(spec)
         if isinstance(spec, Mapping):
-            return {name: path(value) for name, value in spec.items()}
-        return [path(value) for value in spec]
+            return {name: self.path(value) for name, value in spec.items()}
+        return [self.path(value) for value in spec]
 
-    data = recipe.data
-    changes = {key: paths(getattr(data, key)) for key in ("pool", "target")}
+
+def resolve(recipe: Recipe) -> Assets:
+    """Return the recipe's model and data sections with every `demo:` name made a path.
+
+    Raises:
+        ConfigError: an unknown demo name, or held-out tasks that are no target tasks.
+        StorageError: the demo's parts cannot be fetched.
+    """
+    demo, data = DemoNames(), recipe.data
+    changes = {key: demo.paths(getattr(data, key)) for key in ("pool", "target")}
     if data.heldout is not None:
-        changes["heldout"] = paths(data.heldout)
+        changes["heldout"] = demo.paths(data.heldout)
         tasks, held = _tasks(data.target), _tasks(data.heldout)
         if strange := sorted(held.keys() - tasks.keys()):
             raise ConfigError(
@@ -91,9 +104,9 @@ def resolve(recipe: Recipe) -> Assets:
                 do=nearest(strange[0], tasks),
             )
     return Assets(
-        recipe.model.model_copy(update={"base": path(recipe.model.base)}),
+        recipe.model.model_copy(update={"base": demo.path(recipe.model.base)}),
         data.model_copy(update=changes),
-        None if recipe.evaluate.text is None else path(recipe.evaluate.text),
+        None if recipe.evaluate.text is None else demo.path(recipe.evaluate.text),
     )
 
 
@@ -163,8 +176,8 @@ def read_data(data: DataSection) -> Prepared:
         DataError: a file is missing, malformed or empty, or leakage is found and forbidden.
     """
     pool = read_examples(data.pool, what="pool", form=data.format)
-    targets = _read_tasks(data.target, "target", data.format)
-    heldout = _read_tasks(data.heldout, "heldout", data.format) if data.heldout else {}
+    targets = read_tasks(data.target, "target", data.format)
+    heldout = read_tasks(data.heldout, "heldout", data.format) if data.heldout else {}
     notes = [f"pool: {len(pool)} rows, read as {pool.form}"]
     dropped: dict[str, str] = {}
     repeats = duplicates(pool)
@@ -218,9 +231,14 @@ def read_data(data: DataSection) -> Prepared:
     return Prepared(tuple(pool), candidates, dropped, targets, heldout, tuple(notes))
 
 
-def _read_tasks(
+def read_tasks(
     spec: str | Mapping[str, str], what: str, form: str
 ) -> dict[str, tuple[Example, ...]]:
+    """Return the examples of every task; a file without a name is one task.
+
+    Raises:
+        DataError: a file is missing, malformed or empty.
+    """
     found: dict[str, tuple[Example, ...]] = {}
     for task, path in _tasks(spec).items():
         examples: ExampleSet = read_examples(path, what=what, form=form)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -10,10 +10,11 @@ from selectune import recipe_words as words
 from selectune.errors import ConfigError
 from selectune.recipe_checks import contradictions
 from selectune.recipe_file import Tree, dump_yaml, read_tree
-from selectune.recipe_methods import unknown_methods
+from selectune.recipe_methods import unknown_compressor, unknown_methods
 from selectune.recipe_sections import SEED_LIMIT as SEED_LIMIT
 from selectune.recipe_sections import AdapterSection as AdapterSection
 from selectune.recipe_sections import DataSection as DataSection
+from selectune.recipe_sections import EmulateSection as EmulateSection
 from selectune.recipe_sections import EvaluateSection as EvaluateSection
 from selectune.recipe_sections import MatrixMethod as MatrixMethod
 from selectune.recipe_sections import MatrixSection as MatrixSection
@@ -67,6 +68,22 @@ class Recipe(Section):
         return _checked(tree)
 
 
+class OwnerRecipe(Section):
+    """Everything that decides one emulator: a model's owner has no pool and no target."""
+
+    output: str = Field(
+        default="",
+        description="folder of package/ and owner/; empty: runs/<name of the recipe>",
+    )
+    seed: Seed = Field(default=0, description="seed of every random draw")
+    model: ModelSection
+    emulate: EmulateSection
+
+    def resolved_yaml(self) -> str:
+        """Return the recipe with every default written out; `load_owner_recipe` reads it back."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, with `section.key=value` overrides, and check all of it.
 
@@ -77,6 +94,58 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: one message with every mistake, each by key and line.
     """
+    tree = _overridden(path, overrides)
+    if _is_owners(tree):
+        raise ConfigError(
+            f"{tree.name} is the recipe of a model's owner",
+            where=tree.where(("emulate",)),
+            why="its section emulate makes a package, which another recipe names as model.base",
+            do=f"selectune emulate {path}",
+        )
+    return _named(_checked(tree), path)
+
+
+def load_owner_recipe(path: str | Path, overrides: Sequence[str] = ()) -> OwnerRecipe:
+    """Read the recipe of a model's owner, with overrides, and check all of it.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value`, the value read as YAML.
+
+    Raises:
+        ConfigError: one message with every mistake, each by key and line.
+    """
+    tree = _overridden(path, overrides)
+    recipe = _read(tree, OwnerRecipe)
+    mistakes = unknown_compressor(recipe.emulate, tree)
+    if recipe.model.adapter is not None:
+        mistakes.append(
+            ConfigError(
+                "model.adapter would not be used",
+                where=tree.where(("model", "adapter")),
+                why="an emulator is made of a plain model",
+                do="remove model.adapter, or merge the adapter first",
+            )
+        )
+    if mistakes:
+        raise words.together(mistakes, tree.name)
+    return _named(recipe, path)
+
+
+def is_owner_recipe(path: str | Path) -> bool:
+    """Return whether a file is the recipe of a model's owner.
+
+    Raises:
+        ConfigError: it is no recipe at all.
+    """
+    return _is_owners(read_tree(Path(path)))
+
+
+def _is_owners(tree: Tree) -> bool:
+    return "emulate" in tree.data and "data" not in tree.data
+
+
+def _overridden(path: str | Path, overrides: Sequence[str]) -> Tree:
     tree = read_tree(Path(path))
     mistakes: list[ConfigError] = []
     for text in overrides:
@@ -86,10 +155,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             mistakes.append(error)
     if mistakes:
         raise words.together(mistakes, tree.name)
-    recipe = _checked(tree)
-    if not recipe.output:
-        recipe = recipe.model_copy(update={"output": f"runs/{Path(path).stem}"})
-    return recipe
+    return tree
+
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, OwnerRecipe)
+
+
+def _named(recipe: AnyRecipe, path: str | Path) -> AnyRecipe:
+    if recipe.output:
+        return recipe
+    return recipe.model_copy(update={"output": f"runs/{Path(path).stem}"})
 
 
 def describe() -> list[tuple[str, str, str, str]]:
@@ -97,18 +172,28 @@ def describe() -> list[tuple[str, str, str, str]]:
     return words.rows(Recipe)
 
 
+def describe_owner() -> list[tuple[str, str, str, str]]:
+    """Return the same of every key of an owner's recipe that no other recipe has."""
+    return words.rows(EmulateSection, "emulate.")
+
+
 def _checked(tree: Tree) -> Recipe:
     """Return the recipe that the tree holds; every mistake is told at once."""
-    for name, info in Recipe.model_fields.items():
+    recipe = _read(tree, Recipe)
+    mistakes = [*contradictions(recipe, tree), *unknown_methods(recipe, tree)]
+    if mistakes:
+        raise words.together(mistakes, tree.name)
+    return recipe
+
+
+def _read(tree: Tree, form: type[AnyRecipe]) -> AnyRecipe:
+    """Return what the tree holds, as far as each key by itself can tell."""
+    for name, info in form.model_fields.items():
         # `tune:` with every line below it commented out reads as null and means the defaults.
         if name in tree.data and tree.data[name] is None and words.is_section(info.annotation):
             tree.data[name] = {}
     try:
         # From JSON, strict mode takes a list for a tuple and still no "4" for a 4.
-        recipe = Recipe.model_validate_json(tree.to_json())
+        return form.model_validate_json(tree.to_json())
     except ValidationError as error:
-        raise words.together(words.mistakes(error, Recipe, tree), tree.name) from None
-    mistakes = [*contradictions(recipe, tree), *unknown_methods(recipe, tree)]
-    if mistakes:
-        raise words.together(mistakes, tree.name)
-    return recipe
+        raise words.together(words.mistakes(error, form, tree), tree.name) from None

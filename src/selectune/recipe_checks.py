@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from selectune.recipe import Recipe
 
 # What each kind reads of the section, beside `kind`.
-_FACTORS = frozenset({"rank", "alpha", "dropout", "modules"})
+_FACTORS = frozenset({"rank", "alpha", "dropout", "modules", "layers"})
 _BOTTLENECK = frozenset({"width", "activation", "dropout", "modules"})
 _READ_BY = {
     "lora": _FACTORS,

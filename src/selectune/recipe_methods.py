@@ -10,7 +10,7 @@ from selectune.recipe_file import Tree
 
 if TYPE_CHECKING:
     from selectune.recipe import Recipe
-    from selectune.recipe_sections import TuneChoice, TuneSection
+    from selectune.recipe_sections import EmulateSection, TuneChoice, TuneSection
 
 FULL = "full"  # the whole pool, where a scorer could be named
 PLAIN = "plain"  # no method, where a training method could be named
@@ -37,6 +37,16 @@ def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
         if row.tune is not None:
             found += _training((*path, "tune"), row.tune, tree)
     return found
+
+
+def unknown_compressor(section: "EmulateSection", tree: Tree) -> list[ConfigError]:
+    """Return what is wrong with the compressor that an owner's recipe names, and its options."""
+    path = ("emulate", "method")
+    try:
+        entry = registry.get("compressor", section.method, where=tree.where(path))
+    except ConfigError as error:
+        return [error]
+    return _options(entry, section.options, path, tree)
 
 
 def _scorer(

@@ -114,8 +114,76 @@ class AdapterSection(Section):
     )
     layers: Annotated[list[int], Field(min_length=1)] | None = Field(
         default=None,
-        description="kind full: which blocks are trained, negative from the end; null: all",
+        description="full, lora, dora: in which blocks, negative from the end; null: in all, or in "
+        "the adapter layers of an emulator",
     )
+
+
+class TermsSection(Section):
+    """What a data owner may train of a package; `plug` takes nothing else."""
+
+    forms: Annotated[list[Literal["full", "lora"]], Field(min_length=1)] = Field(
+        default=["full", "lora"], description="whole layers, LoRA inside them, or either"
+    )
+    max_rank: Count | None = Field(default=None, description="of LoRA; null: any that fits")
+    modules: Names | None = Field(
+        default=None, description="names of the modules that LoRA may be in; null: every linear one"
+    )
+    licence: str = Field(default="", description="a note for people, in the public manifest")
+
+
+class EmulateSection(Section):
+    """How a model's owner makes an emulator to hand out."""
+
+    method: Text = Field(default="gradot", description="compressor; `selectune methods` lists them")
+    options: dict[str, Any] = Field(default={}, description="options of the compressor")
+    adapters: Annotated[list[int], Field(min_length=1)] | None = Field(
+        default=None,
+        description="layers that go out whole, to be tuned; negative from the end; null: the first "
+        "two and the last two",
+    )
+    keep_attention: Share = Field(
+        default=0.6, description="share of the parameters of the other layers' attention to keep"
+    )
+    keep_mlp: Share = Field(default=0.6, description="the same of their MLPs")
+    budget: Literal["uniform", "global"] = Field(
+        default="uniform",
+        description="uniform: these shares in every matrix; global: of all together, by score",
+    )
+    calibration: Text | Names = Field(
+        description="generic text to compress by; never leaves the owner: a file or a name as in "
+        "data.pool"
+    )
+    calibration_blocks: Count = Field(
+        default=128, description="blocks of calibration text that statistics are taken from"
+    )
+    block_tokens: Annotated[int, Field(ge=2)] = Field(
+        default=512, description="tokens of one block"
+    )
+    probe: Text | ByName | None = Field(
+        default=None,
+        description="examples on which emulator and model are compared, named as data.heldout; "
+        "null: further blocks of the calibration text",
+    )
+    probe_examples: Count = Field(
+        default=16,
+        description="examples of each task, or blocks, that gradients and logits are compared on",
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        default=512, description="tokens kept of an example of the probe"
+    )
+    heal_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="steps in which a copy of the emulator's middle is trained on calibration "
+        "text, to see what anybody could win back; 0: not measured",
+    )
+    layers_at_once: Count | None = Field(
+        default=None,
+        description="layers whose statistics are held at once; each group costs a pass over the "
+        "calibration text; null: as many as fit into 2 GB",
+    )
+    token_budget: Count = Field(default=2048, description="padded tokens in one batch")
+    terms: TermsSection = TermsSection()
 
 
 class WarmupSection(Section):

@@ -12,9 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from selectune.errors import ConfigError, nearest
 
-Family = Literal["data_scorer", "selection_rule", "training_method", "row_picker", "weight_scorer"]
+Family = Literal[
+    "data_scorer", "selection_rule", "training_method", "row_picker", "weight_scorer", "compressor"
+]
 WeightNeed = Literal["mean_gradient", "square_gradient", "first_gradient", "drift"]
-Need = Literal["losses", "gradients", "score", "norm2", "gram"] | WeightNeed
+CompressorNeed = Literal["gradients", "inputs", "hidden_states", "distillation"]
+Need = Literal["losses", "gradients", "score", "norm2", "gram"] | WeightNeed | CompressorNeed
 Function = TypeVar("Function", bound=Callable[..., Any])
 Method = TypeVar("Method")
 
@@ -29,6 +32,7 @@ _HOMES: dict[Family, tuple[str, ...]] = {
     ),
     "row_picker": ("selectune.methods.data_layer",),
     "weight_scorer": ("selectune.methods.weights",),
+    "compressor": ("selectune.methods.compressors",),
 }
 # Families of which one file may hold several: their summary stands in the function's docstring.
 _SEVERAL_IN_A_FILE = frozenset({"selection_rule", "row_picker", "training_method"})
@@ -201,6 +205,29 @@ def weight_scorer(
     def add(method: type[Method]) -> type[Method]:
         register("weight_scorer", name, options=method, needs=frozenset(needs or ()))(method)
         _check_when_made(_entries["weight_scorer"][name])
+        return method
+
+    return add
+
+
+def compressor(
+    name: str, *, needs: set[CompressorNeed] | None = None
+) -> Callable[[type[Method]], type[Method]]:
+    """Register a compressor of middle layers: a frozen dataclass of its options.
+
+    Its options are checked where it is made, in Python as in a recipe.
+
+    Args:
+        name: what a recipe calls it.
+        needs: what it reads beside the weights: "gradients" (second moments of inputs and output
+            gradients, and the weight gradients), "inputs" (second moments of the inputs alone: a
+            forward pass), "hidden_states" (of every middle layer, pooled over each example);
+            "distillation" says that what it leaves is trained afterwards.
+    """
+
+    def add(method: type[Method]) -> type[Method]:
+        register("compressor", name, options=method, needs=frozenset(needs or ()))(method)
+        _check_when_made(_entries["compressor"][name])
         return method
 
     return add

@@ -26,13 +26,26 @@ from selectune.arms import (
     tune_arm,
 )
 from selectune.errors import ConfigError, CorruptFileError, SelectuneError
-from selectune.evaluation import Evaluation, Verdict, check_questions, verdict
-from selectune.files import KillPoint, kill_point, lock, open_dir, sweep, write_file
+from selectune.evaluation import Evaluation, Verdict, check_questions, together, verdict
+from selectune.files import (
+    MANIFEST,
+    KillPoint,
+    is_complete,
+    kill_point,
+    lock,
+    open_dir,
+    sha256_file,
+    sweep,
+    write_file,
+)
 from selectune.foresee import refuse_unworkable
 from selectune.ground import Ground, digest
 from selectune.measure import Measured
 from selectune.methods.rules import Budget
-from selectune.models import choose_device, choose_precision
+from selectune.models import choose_device, choose_precision, model_is_package
+from selectune.offsite.plugin_files import KIND as PLUGIN_KIND
+from selectune.offsite.plugin_saving import save_plugin
+from selectune.package_recipe import fitted
 from selectune.plan import Plan, make_plan
 from selectune.progress import Progress, Silent
 from selectune.recipe import Recipe
@@ -44,6 +57,7 @@ from selectune.selection import Scores, Selection
 from selectune.story import tell
 
 SCORES = "scores.parquet"
+PLUGIN = "plugin"
 CHOSEN = ("selected.jsonl", "selected.parquet")
 _MEANING = b"selectune"  # key of our facts in a parquet file's metadata
 
@@ -87,6 +101,7 @@ class Run:
         allow: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
+        recipe = fitted(recipe)
         self.recipe, self.out = recipe, out
         self._allow = allow
         self.ground = Ground(
@@ -150,7 +165,10 @@ class Run:
                 f"{a.result.losses[0][1]:.3f} -> {a.result.losses[-1][1]:.3f}, adapter {a.path}"
                 for a in arms
             ]
-            return Outcome({"arms": facts}, text)
+            plugin = self._record.entry("plugin")
+            if plugin is not None:
+                text.append(f"plugin: {plugin['facts']['path']}, for the model's owner")
+            return Outcome({"arms": facts, "plugin": plugin and plugin["facts"]["path"]}, text)
 
     def evaluate(self) -> Outcome:
         """Ask base and arms the held-out questions, and compare.
@@ -331,7 +349,20 @@ class Run:
             "tune", fingerprint, cost=cost, files=["metrics.jsonl"],
             facts={"arms": facts, "costs": dict(self.ground.costs)},
         )  # fmt: skip
+        self._write_plugin(arms[0])
         return arms
+
+    def _write_plugin(self, arm: TunedArm) -> None:
+        """Write what an emulator's owner takes back, and nothing else; with other bases nothing."""
+        package, out = self.recipe.model.base, self.out / PLUGIN
+        if not model_is_package(package):
+            return
+        fingerprint = sha256_file(arm.path / MANIFEST)
+        if self._record.done("plugin", fingerprint) and is_complete(out, PLUGIN_KIND):
+            return
+        with Measured() as measured:
+            save_plugin(load_tuned(self.ground.base(), arm.path), package, out)
+        self._record.write("plugin", fingerprint, cost=measured, facts={"path": str(out)})
 
     def _ensure_answers(self) -> dict[str, dict[str, Evaluation]]:
         if self._answers is None:
@@ -421,17 +452,6 @@ class Run:
         path = write_report(self.out, data)
         kill_point(KillPoint.REPORT_DONE)
         return path
-
-
-def together(by_task: Mapping[str, Evaluation]) -> Evaluation:
-    """Return the answers to all tasks as one table; ids stay apart by task."""
-    tables: list[pa.Table] = []
-    for task, found in by_task.items():
-        ids = [f"{task}/{i}" for i in found.table["id"].to_pylist()]
-        at = found.table.schema.get_field_index("id")
-        tables.append(found.table.set_column(at, "id", pa.array(ids, pa.string())))
-    left_out = tuple(i for found in by_task.values() for i in found.left_out)
-    return Evaluation(pa.concat_tables(tables), left_out)
 
 
 def _metrics(arm: TunedArm) -> list[str]:

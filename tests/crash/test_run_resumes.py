@@ -106,7 +106,9 @@ def test_the_comparison_covers_what_the_documents_promise(undisturbed: dict[str,
 
 
 def test_a_run_passes_every_kill_point(passes: dict[str, int]) -> None:
-    assert passes.keys() == {str(point) for point in KillPoint}
+    # What a model's owner does is no part of a run; test_emulate_resumes.py kills it.
+    of_a_run = {str(point) for point in KillPoint if not point.startswith("emulate.")}
+    assert passes.keys() == of_a_run
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from selectune import registry
 from selectune.methods.weights.gallop import GaLLoP
+from selectune.seeds import seeded
 from selectune.weights.eligible import eligible_weights
 from selectune.weights.mask import WeightMask
 from selectune.weights.scorer import WeightScorer
 from selectune.weights.scores import WeightScores
 from selectune.weights.statistics import estimate
-from selectune.weights.threshold import seeded
 
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma")
 SCOPES = ("global", "per_layer", "per_tensor")

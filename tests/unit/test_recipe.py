@@ -312,7 +312,7 @@ def test_changed_is_checked_like_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "where", "what"),
     [
-        (["adapter.layers=[0]"], "adapter.layers=[0]", "would not be used"),
+        (["adapter.kind=series", "adapter.layers=[0]"], "adapter.layers=[0]", "would not be used"),
         (["adapter.kind=full", "adapter.rank=4"], "adapter.rank=4", "would not be used"),
         (["model.adapter=a", "warmup.epochs=2"], "warmup", "would not be used"),
         (["warmup.epochs=5"], "warmup.epochs=5", "past the end"),

@@ -14,6 +14,7 @@ EVERY = [
     *methods("selection_rule"),
     *methods("training_method"),
     *methods("weight_scorer"),
+    *methods("compressor"),
 ]
 PICKERS = methods("row_picker")
 
@@ -34,7 +35,9 @@ def test_every_method_says_what_a_user_needs(entry: Entry) -> None:
     assert is_dataclass(entry.options)
 
 
-@pytest.mark.parametrize("entry", methods("data_scorer"), ids=lambda e: e.name)
+@pytest.mark.parametrize(
+    "entry", [*methods("data_scorer"), *methods("compressor")], ids=lambda e: e.name
+)
 def test_a_scorer_is_one_file_named_after_it(entry: Entry) -> None:
     file = Path(sys.modules[entry.function.__module__].__file__ or "")
     assert file.stem == entry.name

@@ -1,7 +1,7 @@
 """Make trainable what a recipe asks for."""
 
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from selectune.errors import ConfigError, SelectionError, nearest
 from selectune.models import blocks
 from selectune.recipe import AdapterSection
 
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]  # where a recipe names none
 Linears = dict[str, bool]  # name of a module: whether its weight is stored the other way round
 
 
@@ -52,14 +53,18 @@ def add_adapter(model: nn.Module, section: AdapterSection, *, seed: int) -> nn.M
 
 def _lora(model: nn.Module, section: AdapterSection) -> PeftConfig:
     linear = _linears(model)
-    targets = _checked(section.modules or ["q_proj", "k_proj", "v_proj", "o_proj"], linear)
+    targets = _checked(section.modules or LORA_MODULES, linear)
+    if section.layers is not None:
+        targets = _within(model, targets, section.layers)
     return LoraConfig(
         r=section.rank,
         lora_alpha=cast("int", section.alpha),  # peft divides it by r; any number serves
         lora_dropout=section.dropout,
         target_modules=targets,
         use_dora=section.kind == "dora",
-        fan_in_fan_out=any(linear[name] for name in (linear if targets == _ALL else targets)),
+        fan_in_fan_out=any(
+            linear[name.rpartition(".")[-1]] for name in (linear if targets == _ALL else targets)
+        ),
         task_type="CAUSAL_LM",
     )
 
@@ -113,6 +118,28 @@ def _checked(modules: list[str] | str, linear: Linears) -> list[str] | str:
     return list(modules)
 
 
+def _within(model: nn.Module, modules: list[str] | str, layers: Sequence[int]) -> list[str]:
+    """Return the full names of these modules in some blocks.
+
+    Not peft's `layers_to_transform`: it takes the last number of a name for the layer, and a fused
+    module of an emulator has numbered parts.
+    """
+    every = blocks(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[str] = []
+    for index in _indices(len(every), layers):
+        inside = [names[id(m)] for m in every[index].modules() if isinstance(m, nn.Linear | Conv1D)]
+        found += [n for n in inside if modules == _ALL or n.rpartition(".")[-1] in modules]
+    if not found:
+        raise SelectionError(
+            "the layers that are named have none of the modules that are named",
+            where="adapter.layers",
+            why=f"modules are {modules}, layers {list(layers)}",
+            do="modules: all-linear takes every linear module of these layers",
+        )
+    return found
+
+
 def _last(model: nn.Module, n: int) -> list[str]:
     """Return the names of the last linear modules of a block, which end its MLP.
 
@@ -145,18 +172,24 @@ def _refuse_quantised(model: nn.Module) -> None:
         )
 
 
-def _unfreeze_layers(model: nn.Module, layers: Iterable[int] | None) -> None:
+def _unfreeze_layers(model: nn.Module, layers: Sequence[int] | None) -> None:
     found = blocks(model)
-    for index in range(len(found)) if layers is None else layers:
-        if not -len(found) <= index < len(found):
+    for index in range(len(found)) if layers is None else _indices(len(found), layers):
+        for p in found[index].parameters():
+            p.requires_grad_(True)
+
+
+def _indices(n: int, layers: Sequence[int]) -> list[int]:
+    """Return the layers that are named, counted from the start."""
+    for index in layers:
+        if not -n <= index < n:
             raise SelectionError(
                 f"there is no layer {index}",
                 where="adapter.layers",
-                why=f"the {len(found)} layers are called 0 to {len(found) - 1}",
+                why=f"the {n} layers are called 0 to {n - 1}",
                 do="negative numbers count from the end: -1 is the last layer",
             )
-        for p in found[index].parameters():
-            p.requires_grad_(True)
+    return [index % n for index in layers]
 
 
 @contextmanager

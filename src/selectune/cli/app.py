@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from selectune.cli import grid, steps, tools, weights
+from selectune.cli import grid, offsite, steps, tools, weights
 from selectune.errors import ConfigError, SelectuneError, nearest
 
 # Set before any of these libraries is imported; what the user set stays.
@@ -47,6 +47,7 @@ app = typer.Typer(
 steps.add_to(app)
 grid.add_to(app)
 weights.add_to(app)
+offsite.add_to(app)
 tools.add_to(app)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from selectune import registry
 from selectune.errors import ConfigError, nearest
-from selectune.recipe import describe
+from selectune.recipe import describe, describe_owner
 from selectune.recipe_words import option_rows
 
 
@@ -28,7 +28,7 @@ class Listing:
 
 def keys() -> Listing:
     """Return every key of a recipe, with type, default and meaning."""
-    rows = describe()
+    rows = [*describe(), *describe_owner()]
     names = ("key", "type", "default", "description")
     text: list[str] = []
     for key, kind, default, description in rows:
@@ -43,6 +43,8 @@ _FAMILIES: tuple[tuple[registry.Family, str], ...] = (
     ("training_method", "tune.method"),
     ("row_picker", "tune.options.pick"),
     ("weight_scorer", "tune.weights.method"),
+    ("compressor", "emulate.method"),
+    ("compressor", "emulate.method"),
 )
 
 

@@ -3,7 +3,7 @@
 python -m selectune.cli.reference > docs/reference.md
 """
 
-from selectune.recipe import describe
+from selectune.recipe import describe, describe_owner
 from selectune.recipe_words import option_rows
 from selectune.registry import Entry, Family, methods
 
@@ -12,6 +12,8 @@ _FAMILIES: dict[Family, str] = {
     "selection_rule": "Selection rules (`select.rule`)",
     "training_method": "Training methods (`tune.method`)",
     "row_picker": "Row pickers (`tune.options.pick`)",
+    "weight_scorer": "Scorers of single weights (`tune.weights.method`)",
+    "compressor": "Compressors (`emulate.method`)",
 }
 
 
@@ -27,6 +29,14 @@ def reference() -> str:
         "| key | type | default | meaning |",
         "|---|---|---|---|",
         *(_row(row) for row in describe()),
+        "",
+        "## Keys of an owner's recipe",
+        "",
+        "Beside `output`, `seed` and `model`; see `selectune emulate`.",
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+        *(_row(row) for row in describe_owner()),
     ]
     for family, title in _FAMILIES.items():
         lines += ["", f"## {title}"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from selectune.cli import offsite
 from selectune.cli.shell import (
     AllowOption,
     DebugOption,
@@ -38,7 +39,10 @@ def plan(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Say what a run would do and what it would cost."""
+    """Say what a run, or an emulator, would be and cost."""
+    if recipe is not None and offsite.is_owners(recipe):
+        offsite.plan(recipe, overrides, as_json=as_json, is_quiet=quiet)
+        return
     _step("plan", lambda run: run.plan(), recipe, overrides, allow, as_json, quiet)
 
 
@@ -74,7 +78,11 @@ def tune(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Tune an adapter on the choice and one per control."""
+    """Tune an adapter on the choice and one per control.
+
+    RECIPE may stand behind the folder of a package, which then is model.base.
+    """
+    recipe, overrides = offsite.with_package(recipe, overrides)
     _step("tune", lambda run: run.tune(), recipe, overrides, allow, as_json, quiet)
 
 
@@ -110,7 +118,13 @@ def report(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write the report of a run, one HTML page."""
+    """Write the report of a run, one HTML page.
+
+    RECIPE may also be a folder of `selectune emulate`, or one with several of these.
+    """
+    if recipe is not None and Path(recipe).is_dir():
+        offsite.report(Path(recipe), as_json=as_json, is_quiet=quiet)
+        return
     _step("report", lambda run: run.report(), recipe, overrides, allow, as_json, quiet)
 
 

@@ -1,5 +1,6 @@
 """From text to tokens, and which of them count in the loss."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +67,15 @@ class Tokenized(Sequence[Tokens]):
     def n_targets(self) -> np.ndarray:
         """Target tokens of each item, int64."""
         return np.array([item.is_target.sum() for item in self.items], dtype=np.int64)
+
+
+def fingerprint_of(items: Sequence[Tokens]) -> str:
+    """Return a hash of ids, tokens and loss masks, in the order given."""
+    digest = hashlib.sha256()
+    for item in items:
+        for part in (item.id.encode(), item.input_ids.tobytes(), item.is_target.tobytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def tokenize(

@@ -14,6 +14,7 @@ from selectune.evaluation.intervals import mean_interval as mean_interval
 from selectune.evaluation.options import Evaluation as Evaluation
 from selectune.evaluation.options import check_questions as check_questions
 from selectune.evaluation.options import evaluate as evaluate
+from selectune.evaluation.options import together as together
 from selectune.evaluation.transfer import RoundRobin as RoundRobin
 from selectune.evaluation.transfer import Transfer as Transfer
 from selectune.evaluation.transfer import compare_transfer as compare_transfer

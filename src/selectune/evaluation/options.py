@@ -7,7 +7,7 @@ characters of the option's text without its leading space (lm-eval's `acc_norm`:
 characters, neither bytes nor tokens). Ties go to the lowest index. No end-of-text token is scored.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,18 @@ class Evaluation:
             "accuracy_raw": self.accuracy_raw,
             "left_out": list(self.left_out),
         }
+
+
+def together(by_task: Mapping[str, Evaluation]) -> Evaluation:
+    """Return the answers to all tasks as one table; ids stay apart by task."""
+    tables: list[Any] = []
+    for task, found in by_task.items():
+        table: Any = found.table  # pyright: ignore[reportUnknownMemberType]
+        ids = [f"{task}/{i}" for i in found.column("id")]
+        column: Any = pa.array(ids, pa.string())  # pyright: ignore[reportUnknownMemberType]
+        tables.append(table.set_column(table.schema.get_field_index("id"), "id", column))
+    left_out = tuple(i for found in by_task.values() for i in found.left_out)
+    return Evaluation(pa.concat_tables(tables), left_out)
 
 
 def evaluate(

@@ -16,7 +16,7 @@ from selectune.files.kill import CRASH_AT, KillPoint, kill_point, passes
 from selectune.files.opened import Opened, is_complete, open_dir
 from selectune.files.rundir import check_free_space, lock, sweep
 from selectune.files.single import write_file
-from selectune.files.stage import StagedDir, seal, staged
+from selectune.files.stage import StagedDir, refuse_other_result, seal, staged
 
 __all__ = [
     "CRASH_AT",
@@ -30,6 +30,7 @@ __all__ = [
     "lock",
     "open_dir",
     "passes",
+    "refuse_other_result",
     "seal",
     "sha256_file",
     "staged",

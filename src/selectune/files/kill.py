@@ -30,6 +30,7 @@ class KillPoint(StrEnum):
     SELECTION_DONE = "selection.done"
     EVALUATE_DONE = "evaluate.done"
     REPORT_DONE = "report.done"
+    EMULATE_LAYER_DONE = "emulate.layer_done"
 
 
 passes: Counter[KillPoint] = Counter()

@@ -180,6 +180,26 @@ def seal(path: Path, *, kind: str, meta: Mapping[str, Any]) -> None:
         kill_point(KillPoint.STAGE_MANIFEST_SYNCED)
 
 
+def refuse_other_result(path: Path, kind: str) -> None:
+    """Refuse to replace a result of another kind, which `staged` would do.
+
+    Raises:
+        StorageError: there is one, or files of somebody else.
+    """
+    with storage_errors(path):
+        put_back(path)
+        file = path / MANIFEST
+        is_same = file.is_file() and f'"selectune/{kind}"'.encode() in file.read_bytes()
+        is_other = path.is_dir() and any(path.iterdir()) and not is_same
+    if is_other:
+        raise StorageError(
+            f"{path.name} holds something else than a {kind}",
+            where=str(path),
+            why="writing the result would replace the whole folder",
+            do="choose another output",
+        )
+
+
 def _refuse_foreign(path: Path) -> None:
     if not exists(path):
         return

@@ -7,6 +7,7 @@ forgotten. Escaping itself is in the types: see `selectune.report.markup`.
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from selectune.report.contents import (
     Verdict,
     parts_of,
 )
-from selectune.report.markup import Markup, join, tag
+from selectune.report.markup import Child, Markup, join, tag
 
 __all__ = [
     "Difference",
@@ -76,22 +77,27 @@ def render(data: ReportData) -> str:
         "Run it again": account.replay(data),
     }
     has_maps = bool(sections["Layers"] or sections["Weights"])
-    style = _sheet("style.css") + (_sheet("layers.css") if has_maps else "")
-    style += _sheet("weights.css") if sections["Weights"] else ""
+    return document(
+        data.title,
+        ["style", *(["layers"] if has_maps else []), *(["weights"] if sections["Weights"] else [])],
+        outcome.verdict(data),
+        account.at_a_glance(data),
+        _contents(sections),
+        *sections.values(),
+    )
+
+
+def document(title: str, sheets: Sequence[str], *body: Child) -> str:
+    """Return a page that can do nothing and asks for nothing.
+
+    Args:
+        title: of the page.
+        sheets: names of the style sheets in this folder.
+        *body: its parts.
+    """
+    style = "".join(_sheet(f"{name}.css") for name in sheets)
     return "<!doctype html>\n" + tag(
-        "html",
-        _head(data.title, style),
-        tag(
-            "body",
-            tag(
-                "main",
-                outcome.verdict(data),
-                account.at_a_glance(data),
-                _contents(sections),
-                *sections.values(),
-            ),
-        ),
-        lang="en",
+        "html", _head(title, style), tag("body", tag("main", *body)), lang="en"
     )
 
 

@@ -1,12 +1,10 @@
 """The training method that a recipe names, and what its results depend on."""
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from selectune import registry
-from selectune.data.tokens import Tokens
+from selectune.data.tokens import fingerprint_of as fingerprint_of
 from selectune.recipe import TuneSection
 from selectune.recipe_methods import PLAIN
 from selectune.training.method import Method
@@ -29,12 +27,3 @@ def options_of(method: Method | None) -> dict[str, Any]:
     if not is_dataclass(method):
         return {}
     return {field.name: getattr(method, field.name) for field in fields(method)}
-
-
-def fingerprint_of(items: Sequence[Tokens]) -> str:
-    """Return a hash of ids, tokens and loss masks, in the order given."""
-    digest = hashlib.sha256()
-    for item in items:
-        for part in (item.id.encode(), item.input_ids.tobytes(), item.is_target.tobytes()):
-            digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()

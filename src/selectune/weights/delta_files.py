@@ -16,7 +16,6 @@ from selectune.errors import (
     CorruptFileError,
     IncompatibleRunError,
     SelectionError,
-    StorageError,
     TrainingError,
 )
 from selectune.files import MANIFEST, staged, write_file
@@ -180,25 +179,7 @@ def _is_own(path: Path) -> bool:
     return not names or (names <= {TENSORS, FACTS, MANIFEST} and _has_manifest(path))
 
 
-def _has_manifest(path: Path, kind: str = KIND) -> bool:
-    """Return whether the manifest in a folder is that of a delta, or of what is made of one."""
+def _has_manifest(path: Path) -> bool:
+    """Return whether the manifest in a folder is that of a delta."""
     file = path / MANIFEST
-    return file.is_file() and f'"selectune/{kind}"'.encode() in file.read_bytes()
-
-
-def refuse_other_result(path: Path, kind: str) -> None:
-    """Refuse to replace a result of another kind: the delta itself, or the folder of a run.
-
-    Raises:
-        StorageError: there is one.
-    """
-    with storage_errors(path):
-        put_back(path)
-        is_other = path.is_dir() and any(path.iterdir()) and not _has_manifest(path, kind)
-    if is_other:
-        raise StorageError(
-            f"{path.name} holds something else than a {kind}",
-            where=str(path),
-            why="writing the result would replace the whole folder",
-            do="choose another output",
-        )
+    return file.is_file() and f'"selectune/{KIND}"'.encode() in file.read_bytes()

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from selectune.errors import ConfigError, CorruptFileError, SelectionError
-from selectune.files import open_dir, staged
+from selectune.files import open_dir, refuse_other_result, staged
 from selectune.weights.base import base_fingerprint, base_weights, flat
-from selectune.weights.delta_files import refuse_other_result
 from selectune.weights.merged import merged
 
 KIND = "merged model"

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from selectune.adapters.add import quiet
 from selectune.errors import CoverageError, TrainingError
-from selectune.files import StagedDir, staged
+from selectune.files import StagedDir, refuse_other_result, staged
 from selectune.weights.base import bare_name, flat
 from selectune.weights.delta import SparseDelta, add
-from selectune.weights.delta_files import refuse_other_result
 from selectune.weights.merging import Delta, load_base, read
 
 KIND = "SHiRA adapter"

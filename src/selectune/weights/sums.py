@@ -79,22 +79,21 @@ class GradientSums:
                 grads = [w.grad for w in self._weights.values() if w.grad is not None]
                 self.peak_bytes = max(self.peak_bytes, sum(g.nbytes for g in grads))
             p.grad = None
-            # A norm is one reading pass; what overflows it may yet be finite.
-            norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-            if not bool(norm.isfinite()) and not bool(grad.isfinite().all()):
+            # A sum is one reading pass and shows what is not finite; what overflows it may be.
+            if not bool(grad.sum().isfinite()) and not bool(grad.isfinite().all()):
                 raise TrainingError(
                     f"the gradient of {name} is not a number",
                     where=name,
                     why="the backward pass overflowed, or the weights already hold NaN",
                     do="score with precision=float32, and check the base weights",
                 )
-            part = grad.cpu()
+            part = grad.cpu().float()  # added as it is, bfloat16 takes twice the time (torch 2.13)
             if self._is_squared:
-                part = part.float().square_()
+                part.square_()
             if name in self._sums:
                 self._sums[name].add_(part)
             elif self._spill is None:  # nobody else holds the gradient: it becomes the sum
-                self._sums[name] = part.float()
+                self._sums[name] = part
             else:
                 self._sums[name] = _on_disk(self._spill, part.shape).copy_(part)
 

@@ -10,7 +10,6 @@ Each sweep asks anew for the keys of one tensor after another, so that the score
 never exist at once.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,6 +17,8 @@ from fractions import Fraction
 import torch
 from jaxtyping import Bool, Int32, Num
 from torch import Tensor
+
+from selectune.seeds import seeded
 
 KeysOf = Callable[[str], Int32[Tensor, " n"]]
 
@@ -127,12 +128,6 @@ def bounded(found: Int32[Tensor, " n"], floor: int, ceiling: int) -> Int32[Tenso
     result[top(floor)] = ALWAYS
     result[~top(ceiling)] = NEVER
     return result
-
-
-def seeded(seed: int, *words: str) -> torch.Generator:
-    """Return a source of random numbers for one purpose, the same on every machine."""
-    digest = hashlib.sha256(":".join((str(seed), *words)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _counted(names: Sequence[str], bins_of: KeysOf) -> Tensor:

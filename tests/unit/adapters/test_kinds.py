@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import nn
 
 from selectune.adapters import add_adapter, load_adapter, load_tuned
 from selectune.data import Batch, Tokens, collate, tokenize
 from selectune.data.examples import Example
-from selectune.errors import ConfigError, IncompatibleRunError
+from selectune.errors import ConfigError, IncompatibleRunError, SelectionError
 from selectune.evaluation import evaluate
 from selectune.gradients.engine import example_loss
 from selectune.models import Base, trainable_fingerprint
@@ -165,3 +166,21 @@ def test_a_recipe_is_planned_and_run(overrides: list[str], n_trained: int, tmp_p
     assert run.plan().to_json()["trainable"]["parameters"] == n_trained
     run.all()
     assert (tmp_path / "run/report.html").exists()
+
+
+@pytest.mark.parametrize("modules", [["q_proj"], "all-linear"])
+def test_lora_stays_in_the_layers_that_are_named(modules: list[str] | str) -> None:
+    model = tiny_model("llama")
+    section = AdapterSection(kind="lora", rank=2, modules=modules, layers=[-1])
+    adapted = add_adapter(model, section, seed=0)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * (1 if modules == ["q_proj"] else 7)
+    assert all(".layers.1." in name for name in trained)
+
+
+def test_lora_in_layers_without_its_modules_is_refused() -> None:
+    section = AdapterSection(kind="lora", modules=["lm_head"], layers=[0])
+    with pytest.raises(SelectionError, match="none of the modules that are named"):
+        add_adapter(tiny_model("llama"), section, seed=0)
+    with pytest.raises(SelectionError, match="there is no layer 2"):
+        add_adapter(tiny_model("llama"), AdapterSection(kind="lora", layers=[2]), seed=0)

@@ -58,7 +58,7 @@ def test_a_name_of_two_families_tells_both(capfd: pytest.CaptureFixture[str]) ->
     assert main(["methods", "random", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     families = [told["family"], *(o["family"] for o in told["others"])]
-    assert families == ["data_scorer", "row_picker", "weight_scorer"]
+    assert families == ["data_scorer", "row_picker", "weight_scorer", "compressor"]
 
 
 def test_methods_keys_shows_every_key_of_a_recipe(capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,15 +12,8 @@ from hypothesis.extra import numpy as hnp
 from slow_masks import Places, slow_bounded, slow_top
 from torch import Tensor
 
-from selectune.weights.threshold import (
-    Cut,
-    bounded,
-    exact_cut,
-    keys,
-    passing,
-    sampled_cut,
-    seeded,
-)
+from selectune.seeds import seeded
+from selectune.weights.threshold import Cut, bounded, exact_cut, keys, passing, sampled_cut
 
 # Few values make ties; infinities, both zeros and denormals are where bits could mislead.
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.5, 1e-45, -1e-45, 1e-40, 3e38, float("inf"), float("-inf")]

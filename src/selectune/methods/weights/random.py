@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from selectune.registry import weight_scorer
+from selectune.seeds import seeded
 from selectune.weights.mask import WeightMask
 from selectune.weights.options import Scope, TensorEvidence
 from selectune.weights.scorer import WeightScorer
-from selectune.weights.threshold import seeded
 
 
 @weight_scorer("random")

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from selectune.errors import SelectionError
 from selectune.registry import weight_scorer
+from selectune.seeds import seeded
 from selectune.weights.eligible import EligibleWeight, fits
 from selectune.weights.options import TensorEvidence
 from selectune.weights.scorer import WeightScorer
-from selectune.weights.threshold import seeded
 
 # What families call the projection from the hidden width of the feed-forward layer back.
 _DOWN = ("down_proj", "mlp.c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2")
