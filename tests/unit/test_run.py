@@ -17,7 +17,7 @@ from selectune.errors import (
 )
 from selectune.models import Base
 from selectune.progress import Silent
-from selectune.recipe import AdapterSection, ModelSection, Recipe, load_recipe
+from selectune.recipe import ModelSection, Recipe, load_recipe
 from selectune.run import Run, verify
 from small_run import small_recipe
 from workspace import save_model
@@ -465,9 +465,9 @@ def test_what_a_run_needs_twice_is_loaded_once(
     loads: list[ModelSection] = []
     load = ground.load_base
 
-    def counted(section: ModelSection, *, adapter: AdapterSection) -> Base:
+    def counted(section: ModelSection, **how: object) -> Base:
         loads.append(section)
-        return load(section, adapter=adapter)
+        return load(section, **how)
 
     monkeypatch.setattr(ground, "load_base", counted)
     recipe = recipe_of(tmp_path, "tune.epochs=1")
