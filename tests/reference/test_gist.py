@@ -194,7 +194,9 @@ def test_from_tokens_to_ranking_equals_the_twin(family: str, tmp_path: Path) -> 
 
     G, V = flat(pool), flat(targets)
     np.testing.assert_allclose(found.facts.dots, G @ V.T, rtol=1e-4, atol=1e-5 * np.abs(G).max())
-    np.testing.assert_allclose(found.facts.gram, V @ V.T, rtol=1e-5, atol=1e-7)
+    # Two gradients that are nearly orthogonal: what cancels leaves the rounding of fp32.
+    gram = V @ V.T
+    np.testing.assert_allclose(found.facts.gram, gram, rtol=1e-5, atol=1e-6 * np.abs(gram).max())
     np.testing.assert_allclose(found.facts.norms, np.linalg.norm(G, axis=1), rtol=1e-5)
     evidence = Evidence(found.ids, found.n_target_tokens, gradients=found.of_task("task"))
     scores = gist(evidence, GistOptions())

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from selectune.errors import ConfigError
-from selectune.recipe import Recipe, Section, describe, load_recipe
+from selectune.recipe import Recipe, Section, describe, describe_owner, load_recipe
 from selectune.recipe_file import MAX_BYTES, dump_yaml
 from selectune.recipes import demo_recipe
 
@@ -439,12 +439,13 @@ def all_sections(section: type[Section]) -> Iterator[type[Section]]:
 
 
 def test_every_key_is_described_once() -> None:
-    rows = describe()
+    rows = [*describe(), *describe_owner()]
     keys = [key for key, *_ in rows]
     assert len(keys) == len(set(keys))
     assert all(kind and default and text for _, kind, default, text in rows)
     named = {key.rsplit(".", 1)[-1] for key in keys} | {
-        "model", "data", "adapter", "warmup", "score", "select", "tune", "evaluate",
+        "model", "data", "adapter", "warmup", "score", "select", "tune", "evaluate", "emulate",
+        "terms",
     }  # fmt: skip
     for section in all_sections(Section):
         assert set(section.model_fields) <= named

@@ -44,7 +44,6 @@ _FAMILIES: tuple[tuple[registry.Family, str], ...] = (
     ("row_picker", "tune.options.pick"),
     ("weight_scorer", "tune.weights.method"),
     ("compressor", "emulate.method"),
-    ("compressor", "emulate.method"),
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from selectune import registry
 from selectune.cli import main
-from selectune.recipe import describe
+from selectune.recipe import describe, describe_owner
 from unit.cli.fakes import FakeSteps
 
 
@@ -66,8 +66,9 @@ def test_methods_keys_shows_every_key_of_a_recipe(capfd: pytest.CaptureFixture[s
     out = plain(capfd.readouterr().out)
     assert main(["methods", "--keys", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)["keys"]
-    assert len(told) == len(describe())
-    for key, kind, default, text in describe():
+    every = [*describe(), *describe_owner()]
+    assert len(told) == len(every)
+    for key, kind, default, text in every:
         assert f"{key}: {kind}; {default} {text}" in out
         assert {"key": key, "type": kind, "default": default, "description": text} in told
 
