@@ -22,7 +22,7 @@ Load = Callable[[], tuple[Base, nn.Module]]
 
 
 def evaluate_arm(
-    ground: Ground, name: str, path: Path | None, questions: Questions
+    ground: Ground, name: str, path: Path | None, questions: Questions, *, load: Load | None = None
 ) -> dict[str, Evaluation]:
     """Return how an arm ranks the options of held-out examples, by task.
 
@@ -31,9 +31,10 @@ def evaluate_arm(
         name: of the arm, for progress and prices.
         path: of what was tuned; None for the untouched base.
         questions: examples by task.
+        load: from `once`, where more than this is asked of the arm; None loads it for this alone.
     """
     section = ground.recipe.evaluate
-    load = _once(ground, path)
+    load = load or once(ground, path)
     found: dict[str, Evaluation] = {}
     for task, examples in questions.items():
         asked = list(examples)[: section.limit]
@@ -62,7 +63,7 @@ def evaluate_arm(
 
 
 def generate_arm(
-    ground: Ground, name: str, path: Path | None, questions: Questions
+    ground: Ground, name: str, path: Path | None, questions: Questions, *, load: Load | None = None
 ) -> dict[str, Generation]:
     """Return what an arm writes to held-out examples with options, by task.
 
@@ -71,9 +72,10 @@ def generate_arm(
         name: of the arm, for progress and prices.
         path: of what was tuned; None for the untouched base.
         questions: examples by task; a task without options is left out.
+        load: from `once`, where more than this is asked of the arm; None loads it for this alone.
     """
     section = ground.recipe.evaluate
-    load = _once(ground, path)
+    load = load or once(ground, path)
     found: dict[str, Generation] = {}
     for task, examples in questions.items():
         asked = [e for e in examples if e.options][: section.limit]
@@ -106,13 +108,16 @@ def generate_arm(
     return found
 
 
-def read_arm(ground: Ground, name: str, path: Path | None) -> GenericLoss:
+def read_arm(
+    ground: Ground, name: str, path: Path | None, *, load: Load | None = None
+) -> GenericLoss:
     """Return what an arm expects of the recipe's plain text.
 
     Args:
         ground: of the run.
         name: of the arm, for progress and prices.
         path: of what was tuned; None for the untouched base.
+        load: from `once`, where more than this is asked of the arm; None loads it for this alone.
     """
     texts = ground.texts[: ground.recipe.evaluate.limit]
     content = hashlib.sha256("\0".join(texts).encode()).hexdigest()
@@ -123,7 +128,7 @@ def read_arm(ground: Ground, name: str, path: Path | None) -> GenericLoss:
         ground.recall(step, folder)
         facts = open_dir(folder, kind="reading").read_json("loss.json")
         return GenericLoss(*(tuple(facts[key]) for key in ("ids", "nats", "n_tokens")))
-    base, model = _once(ground, path)()
+    base, model = (load or once(ground, path))()
     how = _how(ground, base)
     window = how.pop("max_length")
     with (
@@ -136,7 +141,7 @@ def read_arm(ground: Ground, name: str, path: Path | None) -> GenericLoss:
     return found
 
 
-def _once(ground: Ground, path: Path | None) -> Load:
+def once(ground: Ground, path: Path | None) -> Load:
     """Return a loader of the arm's model, which works at its first call only."""
     loaded: list[tuple[Base, nn.Module]] = []
 

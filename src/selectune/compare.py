@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from selectune.answered import evaluate_arm, generate_arm, read_arm
+from selectune.answered import evaluate_arm, generate_arm, once, read_arm
 from selectune.arms import BASE, TunedArm, choose, control_selection, tune_arm
 from selectune.comparison import RANDOM, Cell, ComparisonTable, make_rows
 from selectune.data import Example, content_key
@@ -220,16 +220,17 @@ class _Grid:
         setting = self.setting(method, tasks)
         label = " ".join([method.name, *(tasks if len(tasks) == 1 else ()), f"seed {seed}"])
         selection, arm = self.train(method, tasks, seed, setting, label)
-        prepared = self.ground(seed).prepared
+        ground = self.ground(seed)
+        prepared, load = ground.prepared, once(ground, arm.path)
         tested = self.tasks if self.transfers else tasks
         questions = {task: prepared.heldout[task] for task in tested}
-        answers = evaluate_arm(self.ground(seed), label, arm.path, questions)
+        answers = evaluate_arm(ground, label, arm.path, questions, load=load)
         self._keep(method, tasks, seed, answers, "likelihood")
         if self.recipe.evaluate.generate:
-            written = generate_arm(self.ground(seed), label, arm.path, questions)
+            written = generate_arm(ground, label, arm.path, questions, load=load)
             self._keep(method, tasks, seed, written, "generated")
         if self.reads_text:
-            read = read_arm(self.ground(seed), label, arm.path)
+            read = read_arm(ground, label, arm.path, load=load)
             self.read.setdefault(method.name, {})[tasks[0], seed] = read
         sources = [prepared.sources[i] for i in selection.ids]
         known = set(prepared.sources.values())

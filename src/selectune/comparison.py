@@ -11,7 +11,7 @@ import numpy as np
 
 from selectune.arms import BASE
 from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds, together
-from selectune.tables import aligned
+from selectune.tables import aligned, signed
 from selectune.text_table import TextRow, text_lines
 from selectune.transfer_table import TransferRow, transfer_lines
 
@@ -306,5 +306,4 @@ def _short(value: float | None) -> str:
 def _told(interval: Interval | None) -> str:
     if interval is None:
         return "-"
-    mean, low, high = interval.mean_difference, interval.low, interval.high
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return signed(interval.mean_difference, interval.low, interval.high)

@@ -1,7 +1,6 @@
 """The recipe of a model's owner put to work: the emulator, or what it would be and cost."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,30 +27,10 @@ from selectune.offsite.emulate import (
 from selectune.offsite.layout import Layout
 from selectune.offsite.manifests import Terms
 from selectune.offsite.outlook import Outlook, outlook
+from selectune.outcome import Outcome
 from selectune.prepare import DemoNames, read_tasks
 from selectune.progress import Progress
 from selectune.recipe import AdapterSection, ModelSection, OwnerRecipe
-
-
-@dataclass(frozen=True, slots=True)
-class EmulatorPlan:
-    """What an owner's recipe would do.
-
-    Attributes:
-        facts: plain values: layers, ranks, channels, parameters, memory.
-        text: the same for a person.
-    """
-
-    facts: Mapping[str, Any]
-    text: Sequence[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return dict(self.facts)
-
-    def lines(self) -> list[str]:
-        """Return it as lines for a person."""
-        return list(self.text)
 
 
 class Emulation:
@@ -70,7 +49,7 @@ class Emulation:
         self._text = demo.paths(section.calibration)
         self._probe = None if section.probe is None else demo.paths(section.probe)
 
-    def plan(self) -> EmulatorPlan:
+    def plan(self) -> Outcome:
         """Say what the emulator would be; weights are not read, and nothing is written.
 
         Raises:
@@ -117,7 +96,7 @@ class Emulation:
             "probe_blocks": len(text.probe),
             "questions": asked,
         }
-        return EmulatorPlan(facts, _lines(facts, ahead, section.block_tokens))
+        return Outcome(facts, _lines(facts, ahead, section.block_tokens))
 
     def emulate(self) -> Emulated:
         """Make the emulator and write it; resume, or give back what is there."""

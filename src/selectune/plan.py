@@ -6,7 +6,6 @@ multiplications that each step needs. LIMITATIONS.md states how far both were of
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from selectune.foresee import Outline, outline, refuse_unworkable
 from selectune.ground import Ground
 from selectune.methods.rules import Budget
 from selectune.models import blocks, choose_device, choose_precision, load_config
+from selectune.outcome import Outcome
 from selectune.recipe_methods import FULL, PLAIN
 from selectune.registry import get
 
@@ -27,29 +27,11 @@ _SAVED_PER_INNER = 5  # the same, in MLP sizes
 _EFFICIENCY = 0.45  # of the measured matrix product, that a whole training step reaches
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run would do.
+def make_plan(ground: Ground) -> Outcome:
+    """Return what a run would do; weights are not read, only their shapes.
 
-    Args:
-        facts: plain values: data, trainable parameters, memory and seconds by cause.
-        text: the same for a person, with three examples and their loss mask.
-    """
-
-    facts: Mapping[str, Any]
-    text: Sequence[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return dict(self.facts)
-
-    def lines(self) -> list[str]:
-        """Return it as lines for a person."""
-        return list(self.text)
-
-
-def make_plan(ground: Ground) -> Plan:
-    """Return the plan of a run; weights are not read, only their shapes.
+    The facts are data, trainable parameters, memory and seconds by cause; the text says the same,
+    with three examples and their loss mask.
 
     Raises:
         SelectuneError: the training method cannot work with this model or these options.
@@ -87,7 +69,7 @@ def make_plan(ground: Ground) -> Plan:
         "disk_bytes": _disk(ground, n_scored, n_trained),
         "seconds": seconds,
     }
-    return Plan(facts, _lines(ground, facts, trained, foresee.told(ground, found.model)))
+    return Outcome(facts, _lines(ground, facts, trained, foresee.told(ground, found.model)))
 
 
 def _memory(

@@ -7,7 +7,7 @@ run.json. The same command again goes on where the last one stopped.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,9 @@ from selectune.methods.rules import Budget
 from selectune.models import choose_device, choose_precision, model_is_package
 from selectune.offsite.plugin_files import KIND as PLUGIN_KIND
 from selectune.offsite.plugin_saving import save_plugin
+from selectune.outcome import Outcome
 from selectune.package_recipe import fitted
-from selectune.plan import Plan, make_plan
+from selectune.plan import make_plan
 from selectune.progress import Progress, Silent
 from selectune.recipe import Recipe
 from selectune.recipe_methods import PLAIN
@@ -60,22 +61,6 @@ SCORES = "scores.parquet"
 PLUGIN = "plugin"
 CHOSEN = ("selected.jsonl", "selected.parquet")
 _MEANING = b"selectune"  # key of our facts in a parquet file's metadata
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a step found: plain values for a program, sentences for a person."""
-
-    facts: Mapping[str, Any]
-    text: Sequence[str] = field(default=())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return dict(self.facts)
-
-    def lines(self) -> list[str]:
-        """Return it as lines for a person."""
-        return list(self.text)
 
 
 class Run:
@@ -116,7 +101,7 @@ class Run:
         self._answers: dict[str, dict[str, Evaluation]] | None = None
         self._is_locked = False
 
-    def plan(self) -> Plan:
+    def plan(self) -> Outcome:
         """Say what would train, on what, at what price; nothing is written."""
         return make_plan(self.ground)
 

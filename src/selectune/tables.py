@@ -15,6 +15,11 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [_row(line, widths) for line in (head, rule, *body)]
 
 
+def signed(value: float, low: float, high: float) -> str:
+    """Return a difference with its interval, as every table writes it."""
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 def _row(line: Sequence[str], widths: Sequence[int]) -> str:
     cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
     return "| " + " | ".join(cells) + " |"

@@ -1,13 +1,13 @@
 """The last table of a comparison: what tuning did to plain text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import exp
 from typing import Any
 
 from selectune.evaluation.estimate import Estimate
 from selectune.evaluation.generic_text import GenericLoss, compare_generic, mean_loss
-from selectune.tables import aligned
+from selectune.tables import aligned, signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,7 @@ class TextRow:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {
-            "method": self.method,
-            "nats_per_token": self.nats_per_token,
-            "vs_base": None if self.vs_base is None else self.vs_base.to_json(),
-            "vs_random": None if self.vs_random is None else self.vs_random.to_json(),
-        }
+        return asdict(self)
 
 
 def text_rows(
@@ -81,4 +76,4 @@ def text_lines(rows: Sequence[TextRow]) -> list[str]:
 
 
 def _interval(found: Estimate | None) -> str:
-    return "-" if found is None else f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return "-" if found is None else signed(found.value, found.low, found.high)

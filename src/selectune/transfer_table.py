@@ -14,7 +14,7 @@ from selectune.evaluation import (
     transfer,
 )
 from selectune.evaluation.transfer import Metric, RoundRobin, Scoring, right_answers
-from selectune.tables import aligned
+from selectune.tables import aligned, signed
 
 # By method, task trained on, task tested on and seed.
 Answers = Mapping[tuple[str, str, str, int], Evaluation | Generation]
@@ -124,4 +124,4 @@ def _told(found: Estimate | None, metric: Metric) -> str:
 
 
 def _interval(found: Estimate | None) -> str:
-    return "-" if found is None else f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return "-" if found is None else signed(found.value, found.low, found.high)

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from selectune import answered
 from selectune.compare import ComparisonTable, compare
 from selectune.errors import ConfigError, DataError
+from selectune.models import Base
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
 from small_run import small_recipe
@@ -98,6 +101,22 @@ def test_plain_text_is_read_by_base_and_every_model(folder: Path) -> None:
     losses = list((folder / "run/shared/reading").glob("*/loss.json"))
     assert len(losses) == 1 + 2 * 4
     assert "perplexity" in (folder / "run/table.md").read_text()
+
+
+def test_a_model_that_is_asked_everything_is_loaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    load = answered.load_tuned
+
+    def counted(base: Base, path: Path) -> nn.Module:
+        loaded.append(path)
+        return load(base, path)
+
+    monkeypatch.setattr(answered, "load_tuned", counted)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Nobody knows."}) + "\n")
+    grid(two_tasks(tmp_path), *everything(tmp_path), "matrix.seeds=[0]")
+    assert len(loaded) == len(set(loaded)) == 4  # two methods, two tasks
 
 
 def test_models_are_trained_on_their_tasks_own_examples(folder: Path) -> None:

@@ -8,6 +8,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from selectune.errors import SelectionError
+from selectune.gradients.kernels import Swapped
+
 _PEFT = "base_model.model."
 # What peft puts between a module and its weights: around a LoRA, and beside a copy that trains.
 _WRAPPED = (".base_layer", ".original_module")
@@ -50,6 +53,21 @@ def base_fingerprint(model: nn.Module) -> str:
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
         parts = threads.map(hashed, names)
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+
+
+def refuse_chosen(model: nn.Module, *, where: str, do: str) -> None:
+    """Refuse a model of which single weights train already.
+
+    Raises:
+        SelectionError: it is one.
+    """
+    if any(isinstance(module, Swapped) for module in model.modules()):
+        raise SelectionError(
+            "the model has chosen entries already",
+            where=where,
+            why="a mask is made from the base, and gradients reach the chosen entries alone",
+            do=do,
+        )
 
 
 def flat(weight: Tensor) -> Tensor:

@@ -18,10 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from selectune.data import Spec, Tokens, read_examples, tokenize
-from selectune.errors import ConfigError, SelectionError
-from selectune.gradients.kernels import Swapped
+from selectune.errors import ConfigError
 from selectune.registry import WeightNeed
-from selectune.weights.base import base_fingerprint
+from selectune.weights.base import base_fingerprint, refuse_chosen
 from selectune.weights.budget import sizes_of
 from selectune.weights.eligible import eligible_weights
 from selectune.weights.options import ScorerOptions
@@ -74,13 +73,9 @@ class WeightScorer(ScorerOptions):
         """
         if isinstance(model, DistributedDataParallel):
             model = cast("nn.Module", model.module)
-        if any(isinstance(module, Swapped) for module in model.modules()):
-            raise SelectionError(
-                "the model has chosen entries already",
-                where=type(model).__name__,
-                why="gradients of its weights reach the chosen entries alone",
-                do="`restore` the model first, or score a fresh one",
-            )
+        refuse_chosen(
+            model, where=type(model).__name__, do="`restore` the model first, or score a fresh one"
+        )
         eligible = self.narrow(eligible_weights(model, self.eligible))
         sizes = sizes_of(model, eligible, self.lora_modules)
         needs = cast("frozenset[WeightNeed]", self.entry.needs)

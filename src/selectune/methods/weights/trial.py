@@ -14,13 +14,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from selectune.data import Spec, Tokens
-from selectune.errors import ConfigError, SelectionError, TrainingError
+from selectune.errors import ConfigError, TrainingError
 from selectune.methods.weights.fisher import Fisher
 from selectune.methods.weights.lota import LoTA
 from selectune.training.sparse.routes import Route
-from selectune.training.sparse.saving import SparseModel
 from selectune.training.sparse.sparsify import sparsify
-from selectune.weights.base import base_weights
+from selectune.weights.base import base_weights, refuse_chosen
 from selectune.weights.mask import WeightMask
 from selectune.weights.scorer import WeightScorer
 
@@ -111,13 +110,7 @@ def rosa(
 
 def _copied(model: Model) -> Model:
     """Return a copy that trains by itself; what is frozen is not doubled."""
-    if isinstance(model, SparseModel):
-        raise SelectionError(
-            "the model has chosen entries already",
-            where=type(model).__name__,
-            why="a mask is made from the base",
-            do="`restore` the model first",
-        )
+    refuse_chosen(model, where=type(model).__name__, do="`restore` the model first")
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, dict[int, Any](frozen))
 

@@ -14,11 +14,11 @@ from selectune.errors import (
     SelectionError,
     nearest,
 )
-from selectune.gradients.kernels import Swapped
 from selectune.training.sparse.channels import whole_channels
 from selectune.training.sparse.entries import DecayTo
 from selectune.training.sparse.modules import input_axis
 from selectune.training.sparse.routes import Route
+from selectune.weights.base import refuse_chosen
 from selectune.weights.mask import WeightMask
 
 _TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -72,12 +72,11 @@ def refuse(
         IncompatibleRunError: tensors are missing or have another shape.
         CoverageError: a tensor cannot be trained in place.
     """
-    if any(isinstance(module, Swapped) for module in model.modules()):
-        raise SelectionError(
-            "the model has chosen entries already",
-            where="sparsify",
-            do="combine the masks (a | b) and give both at once, or `restore` the model first",
-        )
+    refuse_chosen(
+        model,
+        where="sparsify",
+        do="combine the masks (a | b) and give both at once, or `restore` the model first",
+    )
     if "sparse" in vars(model):
         raise CoverageError(
             "what trains would be told at model.sparse, which the model has of its own",
