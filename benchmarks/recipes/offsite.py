@@ -1,7 +1,8 @@
 """What do emulators give away, and what does tuning on them win for the model?
 
 For every compressor, ratio and seed: emulate, tune, plug, evaluate; beside them the model untouched
-and tuned in the open. One JSON per cell: the same command again does what is missing.
+and tuned in the open. One JSON per cell: the same command again does what is missing. An emulator
+is made once for all seeds, and asked once; what its owner knows of it goes to emulators.csv.
 
     python benchmarks/recipes/offsite.py FOLDER [--methods gradot,random] [--ratios 0.6,0.4]
         [--seeds 0,1,2] [--adapters 0,1,-2,-1] [--ft] [--metric answer_loss] [key=value ...]
@@ -10,11 +11,13 @@ A method may carry options: gradot:lambda_mlp=0.3.
 """
 
 import argparse
+import csv
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -23,8 +26,14 @@ from selectune.arms import BASE, SELECTED
 from selectune.emulation import Emulation
 from selectune.evaluation import Evaluation, Metric
 from selectune.evaluation.options import COLUMNS
-from selectune.files import write_file
+from selectune.files import open_dir, write_file
 from selectune.ground import Ground
+from selectune.offsite import manifests
+from selectune.offsite.emulate import OWNER as OWNER_PART
+from selectune.offsite.emulate import PACKAGE
+from selectune.offsite.manifests import OwnerRecord
+from selectune.offsite.package import OWNER_KIND
+from selectune.offsite.page import write_pages
 from selectune.offsite.plugin import plug_files
 from selectune.offsite.table import Offsite, OffsiteTable, offsite_table
 from selectune.prepare import DemoNames
@@ -49,7 +58,9 @@ emulate:
   calibration: demo:commonsense/text/calibration
   calibration_blocks: 64
   block_tokens: 256
+  probe: {probe}
 """
+PROBE_EXAMPLES = 12  # of each task, by which an owner judges an emulator
 ByTask = Mapping[str, Evaluation]
 
 
@@ -65,6 +76,7 @@ class Bench:
     def __init__(self, folder: Path, adapters: Sequence[int], overrides: Sequence[str]) -> None:
         self.folder, self.adapters = folder, list(adapters)
         self.recipe = load_recipe(RECIPE, overrides)
+        self.made: dict[str, Path] = {}
 
     def openly(self, name: str, layers: Sequence[int] | None, seed: int) -> dict[str, ByTask]:
         """Return the model's answers, untouched and with some layers tuned on the data itself."""
@@ -79,15 +91,17 @@ class Bench:
     def offsite(self, method: str, ratio: float, seed: int) -> Offsite:
         """Return one cell of the table; the emulator is made once for all seeds."""
         name, *pairs = method.split(":")
-        made = self.folder / f"{method.replace(':', '-')}-{ratio}"
+        made = self.folder / label(method, ratio)
+        self.made[made.name] = made
 
         def run() -> dict[str, ByTask]:
             made.mkdir(parents=True, exist_ok=True)
             owner = made / "owner.yaml"
             options = "{" + ", ".join(pair.replace("=", ": ") for pair in pairs) + "}"
             text = OWNER.format(
-                out=made, method=name, options=options, adapters=self.adapters, ratio=ratio
-            )
+                out=made, method=name, options=options, adapters=self.adapters, ratio=ratio,
+                probe=json.dumps(self._probe()),
+            )  # fmt: skip
             owner.write_text(text, encoding="utf-8")
             Emulation(load_owner_recipe(owner), Silent()).emulate()
             cell = f"{made.name}/seed-{seed}"
@@ -99,7 +113,43 @@ class Bench:
 
     def _run(self, changes: Mapping[str, Any], name: str) -> dict[str, dict[str, Evaluation]]:
         out = self.folder / name
-        return Run(self.recipe.changed({**changes, "output": str(out)}), out=out).answers()
+        recipe = self.recipe.changed({**changes, "output": str(out)})
+        return Run(recipe, out=out, shared=self.folder / "shared").answers()
+
+    def _probe(self) -> dict[str, str]:
+        """Return files of a few target examples of each task."""
+        demo, probe = DemoNames(), {}
+        for task, source in cast("Mapping[str, str]", self.recipe.data.target).items():
+            lines = Path(demo.path(source)).read_bytes().splitlines(keepends=True)
+            path = self.folder / "probe" / f"{task}.jsonl"
+            write_file(path, b"".join(lines[:PROBE_EXAMPLES]))
+            probe[task] = str(path)
+        return probe
+
+    def emulators(self) -> str:
+        """Return what the owner knows of every emulator, as CSV."""
+        out = io.StringIO()
+        layers = [f"cosine_layer_{place}" for place in range(len(self.adapters))]
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(
+            ["emulator", "ratio_middle", "ratio_whole", "cosine", "relative_error", *layers,
+             "divergence_nats", "loss_nats", "model_loss_nats", "seconds", "peak_bytes"]
+        )  # fmt: skip
+        for name, made in self.made.items():
+            record = manifests.read(
+                OwnerRecord, open_dir(made / "owner", kind=OWNER_KIND), manifests.OWNER
+            ).model_dump(mode="json")
+            about = record["about"]
+            quality, cost = about["quality"], about["cost"]
+            gradients = quality["gradients"]
+            writer.writerow(
+                [name, quality["ratios"]["middle"], quality["ratios"]["whole"],
+                 gradients["cosine"], gradients["relative_error"],
+                 *(one["cosine"] for one in gradients["by_layer"].values()),
+                 quality["divergence_nats"], quality["losses_nats"]["emulator"],
+                 quality["losses_nats"]["original"], cost["seconds"], cost["peak_bytes"]]
+            )  # fmt: skip
+        return out.getvalue()
 
     def _plugged(self, made: Path, run: Path, seed: int) -> ByTask:
         """Return the answers of the model with the tuned layers in it."""
@@ -131,6 +181,11 @@ class Bench:
         }
 
 
+def label(method: str, ratio: float) -> str:
+    """Return the name of an emulator, and of its folder."""
+    return f"{method.replace(':', '-')}-{ratio}"
+
+
 def table(
     bench: Bench,
     methods: Sequence[str],
@@ -144,7 +199,7 @@ def table(
     adapter_only = {s: bench.openly("ft-adapter", bench.adapters, s) for s in seeds}
     whole = {s: bench.openly("ft", None, s)["tuned"] for s in seeds} if with_ft else None
     cells = {
-        (f"{method} {ratio}", seed): bench.offsite(method, ratio, seed)
+        (label(method, ratio), seed): bench.offsite(method, ratio, seed)
         for ratio in ratios
         for method in methods
         for seed in seeds
@@ -172,9 +227,10 @@ if __name__ == "__main__":
     parser.add_argument("--ft", action="store_true", help="also tune the whole model")
     parser.add_argument("--metric", default="correct_norm")
     parser.add_argument("overrides", nargs="*")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
+    bench = Bench(asked.folder, asked.adapters, asked.overrides)
     found = table(
-        Bench(asked.folder, asked.adapters, asked.overrides),
+        bench,
         asked.methods.split(","),
         asked.ratios,
         asked.seeds,
@@ -183,4 +239,6 @@ if __name__ == "__main__":
     )
     write_file(asked.folder / "table.json", json.dumps(found.to_json(), indent=1).encode())
     write_file(asked.folder / "table.csv", found.to_csv().encode())
+    write_file(asked.folder / "emulators.csv", bench.emulators().encode())
+    write_pages(asked.folder, OWNER_PART, PACKAGE, found)
     print("\n".join(found.lines()))

@@ -161,13 +161,7 @@ class Run:
         Raises:
             ConfigError: the recipe names no held-out data.
         """
-        if self.recipe.data.heldout is None:
-            raise ConfigError(
-                "there is nothing to evaluate on",
-                where="data.heldout",
-                why="the recipe names no held-out examples",
-                do="give data.heldout: examples of the task that neither pool nor target holds",
-            )
+        need_heldout(self.recipe)
         with self._writing():
             answers = self._ensure_answers()
             found = self._verdict(answers)
@@ -437,6 +431,21 @@ class Run:
         path = write_report(self.out, data)
         kill_point(KillPoint.REPORT_DONE)
         return path
+
+
+def need_heldout(recipe: Recipe) -> None:
+    """Refuse a recipe without held-out data.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if recipe.data.heldout is None:
+        raise ConfigError(
+            "there is nothing to evaluate on",
+            where="data.heldout",
+            why="the recipe names no held-out examples",
+            do="give data.heldout: examples of the task that neither pool nor target holds",
+        )
 
 
 def _metrics(arm: TunedArm) -> list[str]:

@@ -15,6 +15,7 @@ from selectune.cli.shell import (
     Result,
     need_recipe,
     perform,
+    read_allow,
 )
 from selectune.errors import ConfigError
 from selectune.progress import Progress
@@ -37,7 +38,26 @@ OutOption = Annotated[
     Path,
     typer.Option("--out", metavar="FOLDER", help="Where the tuned model goes.", show_default=False),
 ]
-
+PluggedOption = Annotated[
+    str | None,
+    typer.Option(
+        "--plugged", metavar="MODEL", help="What `plug` wrote; asks it too.", show_default=False
+    ),
+]
+OriginalOption = Annotated[
+    str | None,
+    typer.Option(
+        "--original", metavar="MODEL", help="With --plugged: the model that the package was made "
+        "of.", show_default=False,
+    ),
+]  # fmt: skip
+OpenOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--open", metavar="RUN", help="With --plugged: a finished run that tuned the original "
+        "itself.", show_default=False,
+    ),
+]  # fmt: skip
 
 _PACKAGE = "emulator.json"  # by which a package is known before anything heavy is imported
 
@@ -89,6 +109,41 @@ def plan(recipe: str, overrides: list[str] | None, *, as_json: bool, is_quiet: b
     perform(action, as_json=as_json, is_quiet=is_quiet)
 
 
+def evaluate(
+    recipe: str | None,
+    overrides: list[str] | None,
+    *,
+    plugged: str | None,
+    original: str | None,
+    openly: Path | None,
+    allow: str,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Say what offsite tuning won."""
+    from selectune.recipe import load_recipe
+
+    loaded = load_recipe(need_recipe(recipe, "evaluate"), overrides or ())
+    if plugged is None:
+        raise ConfigError(
+            "there is no plugged model to compare",
+            where="command line",
+            why="--original and --open say what a plugged model is compared with",
+            do="name what `selectune plug` wrote with --plugged",
+        )
+    allowed = read_allow(allow)
+
+    def action(progress: Progress) -> Result:
+        from selectune.plugged import evaluate_plugged
+
+        return evaluate_plugged(
+            loaded, Path(loaded.output), plugged=plugged, original=original, openly=openly,
+            allow=allowed, progress=progress,
+        )  # fmt: skip
+
+    perform(action, as_json=as_json, is_quiet=is_quiet)
+
+
 def report(folder: Path, *, as_json: bool, is_quiet: bool) -> None:
     """Write the pages of the emulators in a folder."""
 
@@ -104,7 +159,7 @@ def report(folder: Path, *, as_json: bool, is_quiet: bool) -> None:
 
 
 def with_package(
-    first: str | None, others: list[str] | None
+    first: str | None, others: list[str] | None, verb: str
 ) -> tuple[str | None, list[str] | None]:
     """Return recipe and overrides of a command line that may begin with a package.
 
@@ -115,10 +170,10 @@ def with_package(
         return first, others
     if not others or "=" in others[0]:
         raise ConfigError(
-            "tune needs a recipe",
+            f"{verb} needs a recipe",
             where="command line",
             why=f"{first} is a package: it stands for the model, and says nothing of data",
-            do=f"selectune tune {first} recipe.yaml",
+            do=f"selectune {verb} {first} recipe.yaml",
         )
     return others[0], [*others[1:], f"model.base={json.dumps(first)}"]
 

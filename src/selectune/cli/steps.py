@@ -82,19 +82,33 @@ def tune(
 
     RECIPE may stand behind the folder of a package, which then is model.base.
     """
-    recipe, overrides = offsite.with_package(recipe, overrides)
+    recipe, overrides = offsite.with_package(recipe, overrides, "tune")
     _step("tune", lambda run: run.tune(), recipe, overrides, allow, as_json, quiet)
 
 
 def evaluate(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    plugged: offsite.PluggedOption = None,
+    original: offsite.OriginalOption = None,
+    openly: offsite.OpenOption = None,
     allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare adapters and base on held-out examples."""
+    """Compare adapters and base on held-out examples.
+
+    With --plugged, what offsite tuning won. RECIPE may stand behind the folder of a package, which
+    then is model.base.
+    """
+    recipe, overrides = offsite.with_package(recipe, overrides, "evaluate")
+    if plugged is not None or original is not None or openly is not None:
+        offsite.evaluate(
+            recipe, overrides, plugged=plugged, original=original, openly=openly,
+            allow=allow, as_json=as_json, is_quiet=quiet,
+        )  # fmt: skip
+        return
     _step("evaluate", lambda run: run.evaluate(), recipe, overrides, allow, as_json, quiet)
 
 

@@ -8,6 +8,7 @@ from selectune.files import is_complete, open_dir
 from selectune.offsite import manifests
 from selectune.offsite.manifests import OwnerRecord
 from selectune.offsite.package import OWNER_KIND
+from selectune.offsite.table import OffsiteTable
 from selectune.report.emulator import write_emulator_report
 from selectune.report.emulator_facts import EmulatorFacts
 from selectune.report.emulator_frontier import write_frontier
@@ -29,13 +30,16 @@ def write_page(owner: Path, package: Path) -> Path:
     return write_emulator_report(owner, _facts(owner, package))
 
 
-def write_pages(folder: Path, owner: str, package: str) -> list[Path]:
+def write_pages(
+    folder: Path, owner: str, package: str, won: OffsiteTable | None = None
+) -> list[Path]:
     """Write the page of every emulator in a folder, and one on all of them.
 
     Args:
         folder: of one emulator, or of several.
         owner: what the owner's part of each is called.
         package: the other part.
+        won: what tuning on several of them won, by the names of their folders.
 
     Returns:
         The paths of the pages; that on all of them, where there are several, last.
@@ -61,13 +65,21 @@ def write_pages(folder: Path, owner: str, package: str) -> list[Path]:
     if len(homes) > 1:
         _refuse_strangers(found)
         named = {home.name: facts for home, facts in found.items()}
-        pages.append(write_frontier(folder, named))
+        pages.append(write_frontier(folder, named, won))
     return pages
 
 
 def _facts(owner: Path, package: Path) -> EmulatorFacts:
     opened = open_dir(owner, kind=OWNER_KIND)
     record = manifests.read(OwnerRecord, opened, manifests.OWNER)
+    unknown = {"quality", "layers", "adapters"} - record.about.keys()
+    if unknown:
+        raise ConfigError(
+            "there is nothing to tell of this emulator",
+            where=str(owner / manifests.OWNER),
+            why=f"its record does not say: {', '.join(sorted(unknown))}",
+            do="make it with `selectune emulate`, which judges what it makes",
+        )
     sizes = [file.stat().st_size for file in package.rglob("*") if file.is_file()]
     return EmulatorFacts.of(record.model_dump(mode="json"), sum(sizes) or None)
 

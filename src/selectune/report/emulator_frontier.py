@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from selectune.evaluation import Interval
 from selectune.files import write_file
+from selectune.offsite.table import OffsiteRow, OffsiteTable
 from selectune.report import figures
 from selectune.report.blocks import isolated, panel, section, table
 from selectune.report.emulator_facts import EmulatorFacts
@@ -68,31 +70,33 @@ def frontier(points: Sequence[FrontierPoint], model_loss: float, utility: str) -
     return panel(utility, drawn, figures.axis(xs, high=sense))
 
 
-def write_frontier(folder: Path, emulators: Mapping[str, EmulatorFacts]) -> Path:
+def write_frontier(
+    folder: Path, emulators: Mapping[str, EmulatorFacts], won: OffsiteTable | None = None
+) -> Path:
     """Write one page on several emulators of one model into a folder.
 
     Args:
         folder: a place that cannot be written is a StorageError.
         emulators: by name, judged on one probe.
+        won: what tuning on them won, by the same names; None where nobody has measured it.
 
     Returns:
         The path of the page.
     """
     path = folder / NAME
-    write_file(path, render(emulators).encode())
+    write_file(path, render(emulators, won).encode())
     return path
 
 
-def render(emulators: Mapping[str, EmulatorFacts]) -> str:
+def render(emulators: Mapping[str, EmulatorFacts], won: OffsiteTable | None = None) -> str:
     """Return the page; equal facts give equal text."""
+    losses = {name: facts.quality["losses_nats"]["emulator"] for name, facts in emulators.items()}
     points = [
         FrontierPoint(
-            label=name,
-            loss=facts.quality["losses_nats"]["emulator"],
-            utility=facts.quality["gradients"]["cosine"],
+            label=name, loss=losses[name], utility=facts.quality["gradients"]["cosine"]
         )
         for name, facts in emulators.items()
-    ]
+    ]  # fmt: skip
     first = next(iter(emulators.values()))
     title = f"{count(len(emulators), 'emulator')} of one model"
     return document(
@@ -115,7 +119,59 @@ def render(emulators: Mapping[str, EmulatorFacts]) -> str:
                 class_="plain",
             ),
         ),
+        None if won is None else _won(won, losses, first.quality["losses_nats"]["original"]),
     )  # fmt: skip
+
+
+def _won(won: OffsiteTable, losses: Mapping[str, float], model_loss: float) -> Markup:
+    """Return what tuning on the emulators won for the model, over all tasks together."""
+    is_loss = won.metric == "answer_loss"
+    task = won.rows[0].task  # all of them, where there are several
+    rows = [row for row in won.rows if row.task == task]
+    points = [
+        FrontierPoint(
+            label=row.method,
+            loss=losses[row.method],
+            utility=-row.gain.mean_difference if is_loss else row.gain.mean_difference,
+        )
+        for row in rows
+        if row.method in losses
+    ]
+    unit = "nats per token of the answer, lower is better" if is_loss else "% right"
+    utility = "Loss that the plugged model lost" if is_loss else "Points that the plugged model won"
+    seeds = count(rows[0].n_seeds, "seed")
+    return section(
+        "won",
+        "What tuning on them won for the model",
+        f"Answers to held-out questions, {seeds}; brackets hold 95 % intervals over questions and "
+        "seeds. A bad emulator buys Δ cheaply: read it beside ZS and what tuning in the open "
+        "reaches.",
+        frontier(points, model_loss, utility),
+        table(
+            ["Emulator", join(["ZS", tag("span", unit, class_="unit")]), "FT", "FT of the adapter",
+             "Emulator ZS", "EFT", "PI", "Δ = PI − EFT", "PI − ZS"],
+            [_outcome(row, 3 if is_loss else 1) for row in rows],
+            class_="plain",
+        ),
+    )  # fmt: skip
+
+
+def _outcome(row: OffsiteRow, digits: int) -> list[Child]:
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    def interval(found: Interval) -> str:
+        ends = (found.mean_difference, found.low, found.high)
+        mean, low, high = (f"{x:+.{digits}f}".replace("-", "−") for x in ends)
+        return f"{mean} [{low}, {high}]"
+
+    values = (row.zs, row.ft, row.ft_adapter, row.emulator_zs, row.eft, row.pi)
+    return [
+        isolated(shortened(row.method, 40)),
+        *map(number, values),
+        interval(row.delta),
+        interval(row.gain),
+    ]
 
 
 def _row(place: int, name: str, facts: EmulatorFacts) -> list[Child]:

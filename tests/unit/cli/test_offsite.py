@@ -42,6 +42,17 @@ def test_the_two_houses_by_command_line(tmp_path: Path, capfd: pytest.CaptureFix
     assert main(["plug", plugin, *where]) == 0
     assert "evaluate it before it is used" in capfd.readouterr().out
 
+    asked = ["evaluate", told["package"], str(tuner_recipe(tmp_path)), *words]
+    others = ["--plugged", out, "--original", onto]
+    assert main([*asked, *others]) == 0
+    lines = capfd.readouterr().out
+    assert "PI − ZS" in lines
+    assert "not at hand: FT" in lines
+    assert main([*asked, *others, "--json"]) == 0
+    assert set(json.loads(capfd.readouterr().out)["differences"]) == {"delta", "gain"}
+    assert main([*asked, "--original", onto]) == 2
+    assert "there is no plugged model to compare" in capfd.readouterr().err
+
 
 def test_a_package_before_the_recipe_is_its_base(
     recipe: str, steps: FakeSteps, tmp_path: Path

@@ -20,14 +20,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from selectune.cli import main
 from selectune.data import read_examples
 from selectune.errors import ConfigError, IncompatibleRunError
+from selectune.evaluation import Metric
+from selectune.files import open_dir, staged
 from selectune.offsite.emulate import OWNER, PACKAGE, Emulated, emulate
+from selectune.offsite.package import OWNER_KIND
 from selectune.offsite.page import write_page, write_pages
+from selectune.offsite.table import Offsite, offsite_table
 from selectune.report.emulator import render
 from selectune.report.emulator_facts import CHANNELS, Cut, EmulatorFacts
 from selectune.report.emulator_frontier import FrontierPoint, frontier
 from selectune.report.emulator_map import layers_in_words
 from selectune.report.emulator_scores import scores
 from selectune.report.maps import Ramp
+from unit.offsite.test_table import answers
 from unit.report.browser import Browser, find_chromium
 from unit.report.samples import SCRIPT
 from unit.report.test_page import Page
@@ -374,6 +379,37 @@ def test_several_emulators_of_one_model_get_a_page_together(
         assert f"{quality['losses_nats']['emulator']:.2f}" in text
     assert main(["report", str(several / "crash")]) == 0
     assert capfd.readouterr().out == f"report: {several / 'crash' / OWNER / 'report.html'}\n"
+
+
+@pytest.mark.parametrize("metric", ["correct_norm", "answer_loss"])
+def test_what_tuning_won_stands_beside_what_was_given_away(metric: Metric, several: Path) -> None:
+    cells = {
+        (name, seed): Offsite(answers(seed, 0.2), answers(seed, 0.4), answers(seed, share))
+        for name, share in (("gradot", 0.9), ("crash", 0.5))
+        for seed in (0, 1)
+    }
+    table = offsite_table(cells, answers(0, 0.3), metric=metric, n_boot=100)
+    text = Page(write_pages(several, OWNER, PACKAGE, table)[-1].read_text("utf-8")).text
+    assert "What tuning on them won" in text
+    assert "2 seeds" in text
+    best = table.rows[0]
+    assert best.task == "all"
+    digits = 1 if metric == "correct_norm" else 3
+    assert f"{best.pi:.{digits}f}" in text
+    assert f"{best.delta.mean_difference:+.{digits}f}".replace("-", "−") in text
+    assert "nan" not in text
+
+
+def test_a_record_that_says_too_little_is_refused(several: Path) -> None:
+    """As of a package that was saved by hand."""
+    folder = several / "gradot" / OWNER
+    opened = open_dir(folder, kind=OWNER_KIND)
+    record = opened.read_json("owner.json")
+    del record["about"]["quality"]
+    with staged(folder, kind=OWNER_KIND, meta=dict(opened.meta)) as stage:
+        stage.write_json("owner.json", record)
+    with pytest.raises(ConfigError, match="does not say: quality"):
+        write_pages(several / "gradot", OWNER, PACKAGE)
 
 
 def test_emulators_of_other_models_or_probes_are_not_compared(
