@@ -14,6 +14,7 @@ from selectune.data.tokens import Tokens
 from selectune.errors import CorruptFileError
 from selectune.files import write_file
 from selectune.ground import Ground, digest
+from selectune.methods.weights.random import random_matched
 from selectune.models import Base
 from selectune.recipe import AdapterSection, TuneSection, WeightsSection
 from selectune.registry import get
@@ -93,13 +94,17 @@ def equip(
     mask, plane = None, None
     if options.weights is not None:
         mask, plane = _mask(ground, base, items, options, name, fine_tune)
+        if options.weights.shuffled:
+            mask, plane = random_matched(mask, ground.recipe.seed), None
     adapter = adapter_of(ground, options)
     model = base.model
     if adapter is not None:
         model = add_adapter(model, adapter, seed=ground.recipe.seed)
     if mask is not None and options.weights is not None:
         section = options.weights
-        model = sparsify(model, mask, route=section.route, decay_to=section.decay_to)
+        model = sparsify(
+            model, mask, route=section.route, decay_to=section.decay_to, form=section.form
+        )
     return Equipped(model, mask, plane)
 
 

@@ -24,6 +24,7 @@ from selectune.training.layers import trainable_layers
 from selectune.training.method import Method, Scene
 from selectune.training.picks import wanted
 from selectune.training.sources import TokenSource
+from selectune.training.sparse.refusals import composable
 from selectune.weights.budget import count_of, sizes_of
 from selectune.weights.eligible import eligible_weights
 
@@ -63,6 +64,7 @@ def outline(ground: Ground, tuning: TuneSection | None = None) -> Outline:
 
     Raises:
         SelectionError: the recipe names a module, a layer or a weight that the model has not.
+        CoverageError: single weights cannot train in the form that the recipe asks for.
         ConfigError: no such scorer of weights, or a wrong option.
     """
     recipe = ground.recipe
@@ -75,6 +77,8 @@ def outline(ground: Ground, tuning: TuneSection | None = None) -> Outline:
         if tuning is not None and tuning.weights is not None:
             scorer = scorer_of(tuning.weights, seed=recipe.seed)
             found = scorer.narrow(eligible_weights(bare, scorer.eligible))
+            if tuning.weights.form == "compose":
+                composable(bare, found)
             eligible = {name: weight.parameter.numel() for name, weight in found.items()}
             n_weights = count_of(scorer.budget, sizes_of(bare, found, scorer.lora_modules))
         for p in bare.parameters():

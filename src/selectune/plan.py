@@ -101,7 +101,11 @@ def _memory(
         "logits at target positions": round(10 * tokens * share * int(config.vocab_size)),
     }
     if found.n_weights:
-        memory["places and base values of single weights"] = (4 + size) * found.n_weights
+        is_composed = recipe.tune.weights is not None and recipe.tune.weights.form == "compose"
+        # What a weight had before is kept in place; beside it, the row of each entry's place is.
+        memory["places and base values of single weights"] = (
+            4 + (4 if is_composed else size)
+        ) * found.n_weights
         memory["dense gradient of one matrix"] = size * largest
     if scorer is not None and scorer.entry.needs:
         memory["evidence on weights, until they are chosen"] = 4 * sum(found.eligible.values())

@@ -55,6 +55,16 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 "weights names single weights of the base, and adapter.kind full trains all",
                 "remove one of the two",
             )
+        chosen = section.weights
+        if chosen is None or chosen.form != "compose":
+            continue
+        for key, value, why in uncomposed(chosen.route, chosen.decay_to):
+            add(
+                (*path, "weights", key),
+                f"weights.{key} {value} does not go with weights.form compose",
+                why,
+                f"remove {key}, or use form: in_place",
+            )
     if recipe.model.adapter is not None and recipe.warmup != WarmupSection():
         add(
             ("warmup",),
@@ -125,6 +135,26 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 if isinstance(tasks, str)
                 else nearest(name, tasks),
             )
+    return found
+
+
+def uncomposed(route: str, decay_to: str | None) -> list[tuple[str, str, str]]:
+    """Return what does not go with entries that act beside their matrices.
+
+    Args:
+        route: how gradients reach the entries.
+        decay_to: what weight decay pulls to.
+
+    Returns:
+        For each of the two that does not: its name, its value, and why.
+    """
+    found: list[tuple[str, str, str]] = []
+    if decay_to == "zero":
+        why = "what trains is a difference from a matrix that is not read"
+        found.append(("decay_to", decay_to, why))
+    if route == "columns":
+        why = "chosen channels are multiplied entry by entry there"
+        found.append(("route", route, why))
     return found
 
 

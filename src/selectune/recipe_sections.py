@@ -241,14 +241,26 @@ class WeightsSection(Section):
     options: dict[str, Any] = Field(
         default={}, description="options of the scorer, such as lora_rank, scope or examples"
     )
+    shuffled: bool = Field(
+        default=False,
+        description="train as many weights of every tensor as the scorer chose, at random places: "
+        "the control that tells what its scores are worth inside tensors",
+    )
     route: Literal["auto", "gather", "sampled", "columns"] = Field(
         default="gather",
         description="how gradients reach the weights: picked from the dense gradient of one tensor "
         "at a time, computed for them alone, or for whole input columns; auto measures, and two "
         "runs may then differ by rounding",
     )
-    decay_to: Literal["zero", "base"] = Field(
-        default="zero", description="what weight decay pulls to: zero, or the base's value"
+    decay_to: Literal["zero", "base"] | None = Field(
+        default=None,
+        description="what weight decay pulls to: zero, or the base's value; null: zero in place, "
+        "the base's value composed",
+    )
+    form: Literal["in_place", "compose"] = Field(
+        default="in_place",
+        description="in_place: the weights themselves change; compose: what changes acts beside "
+        "the matrices, which stay as they are and cost a sparse product more in each pass",
     )
 
 

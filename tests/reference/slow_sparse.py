@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from slow_gast import batch_loss
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from selectune.data import Batch
 from selectune.weights.base import base_fingerprint, base_weights
@@ -44,6 +45,25 @@ def is_matrix(name: str) -> bool:
 def bits(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the base's weights."""
     return {name: p.detach().clone() for name, p in base_weights(model).items()}
+
+
+def live(model: nn.Module) -> dict[str, Tensor]:
+    """Return what the base's weights and what acts beside them amount to."""
+    found = bits(model)
+    for name, entries in model.sparse.entries.items():
+        if model.sparse.form == "compose":
+            found[name].view(-1)[entries.index.long()] += entries.deltas()
+    return found
+
+
+def matrices(model: nn.Module) -> Callable[[str], bool]:
+    """Return what tells the matrices of a model's layers by name; heads are often tied."""
+    names = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and (".layers." in name or ".h." in name)
+    }
+    return names.__contains__
 
 
 def chosen(mask: WeightMask, name: str, shape: torch.Size) -> Tensor:

@@ -7,14 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from selectune.adapters import load_tuned
 from selectune.cli.weights import verify_delta
 from selectune.compare import compare
-from selectune.errors import ConfigError, SelectionError
+from selectune.errors import ConfigError, CoverageError, SelectionError
 from selectune.files import open_dir
 from selectune.plan import make_plan
 from selectune.progress import Silent
 from selectune.recipe import Recipe, load_recipe
 from selectune.run import Run
+from selectune.training.sparse import SparseModel
 from selectune.weights import SparseDelta, WeightMask, merge
 from small_run import small_recipe
 
@@ -54,6 +56,24 @@ def test_a_run_trains_its_mask_and_nothing_else(tmp_path: Path) -> None:
     meta = open_dir(out / "tune/selected/adapter", kind="adapter").meta
     assert meta["n_trainable"] == mask.n_chosen
     assert meta["n_moved"] == sum(len(places) for places in moved.values() if len(places)) > 0
+
+
+def test_a_shuffled_mask_is_the_control_of_its_scores(tmp_path: Path) -> None:
+    """It has as many weights in every tensor, and shares the scoring with the mask itself."""
+    shared = tmp_path / "shared"
+    words = (*GALLOP, "tune.controls=[]", "tune.epochs=1")
+    deltas: list[SparseDelta] = []
+    for name, more in (("plain", ()), ("shuffled", ("tune.weights.shuffled=true",))):
+        found = recipe(tmp_path, *words, *more, f"output={tmp_path / name}")
+        made = Run(found, out=tmp_path / name, shared=shared)
+        made.all()
+        [arm] = made.tune().facts["arms"].values()
+        deltas.append(SparseDelta.load(Path(arm["path"])))
+    assert len([p for p in (shared / "mask").iterdir() if p.is_dir()]) == 1
+    plain, shuffled = deltas
+    sizes = [{n: len(i) for n, i in one.indices.items()} for one in deltas]
+    assert sizes[0] == sizes[1]
+    assert any(not torch.equal(plain.indices[n], shuffled.indices[n]) for n in plain.indices)
 
 
 def test_the_same_command_again_trains_nothing(tmp_path: Path) -> None:
@@ -180,4 +200,38 @@ def test_all_weights_and_single_ones_are_refused_together(tmp_path: Path) -> Non
 def test_weights_that_no_model_has_are_refused_by_the_plan(tmp_path: Path) -> None:
     found = recipe(tmp_path, "tune.weights={options: {eligible: [q_prj]}}")
     with pytest.raises(SelectionError, match="q_proj"):
+        make_plan(Run(found, out=Path(found.output)).ground)
+
+
+def test_weights_train_beside_their_matrices(tmp_path: Path) -> None:
+    words = (*GALLOP, "tune.weights.form=compose", "tune.weight_decay=0.1")
+    made = run(tmp_path, *words)
+    path = tmp_path / "run/tune/selected/adapter"
+    composed = SparseDelta.load(path)
+    assert composed.about["form"] == "compose"
+    assert composed.about["decay_to"] == "base"
+    loaded = load_tuned(made.ground.base(), path)  # as evaluation has it: not merged, so exact
+    assert isinstance(loaded, SparseModel)
+    assert loaded.sparse.delta() == composed
+    run(
+        tmp_path,
+        *GALLOP,
+        "tune.weights.decay_to=base",
+        "tune.weight_decay=0.1",
+        f"output={tmp_path / 'again'}",
+    )
+    in_place = SparseDelta.load(tmp_path / "again/tune/selected/adapter")
+    assert composed.mask() == in_place.mask()
+    for name, delta in composed.deltas.items():
+        torch.testing.assert_close(delta, in_place.deltas[name], rtol=0.05, atol=1e-5)
+
+
+def test_what_does_not_go_beside_a_matrix_is_refused_with_the_recipe(tmp_path: Path) -> None:
+    words = (*GALLOP, "tune.weights.form=compose")
+    with pytest.raises(ConfigError, match=r"weights\.decay_to zero does not go with"):
+        recipe(tmp_path, *words, "tune.weights.decay_to=zero")
+    with pytest.raises(ConfigError, match=r"weights\.route columns does not go with"):
+        recipe(tmp_path, *words, "tune.weights.route=columns")
+    found = recipe(tmp_path, *words, "tune.weights.options={eligible: all}")
+    with pytest.raises(CoverageError, match="no entry can be trained beside model"):
         make_plan(Run(found, out=Path(found.output)).ground)

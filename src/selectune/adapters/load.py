@@ -14,6 +14,7 @@ from selectune.adapters.prefix import put_in_blocks
 from selectune.errors import ConfigError, CorruptFileError, IncompatibleRunError
 from selectune.files import open_dir, sha256_file
 from selectune.models import Base
+from selectune.training.sparse import SparseModel, sparsify
 from selectune.weights.delta import SparseDelta
 from selectune.weights.merging import merge
 
@@ -110,12 +111,17 @@ def load_tuned(base: Base, path: Path) -> nn.Module:
         IncompatibleRunError: the adapter was made for another base.
     """
     opened = open_dir(path, kind="adapter")
-    if "sparse.json" in opened.names:
-        merge(base.model, SparseDelta.load(path))
-    if "adapter_config.json" in opened.names:
-        return load_adapter(base, path)
-    if "sparse.json" in opened.names:
-        return base.model
+    delta = SparseDelta.load(path) if "sparse.json" in opened.names else None
+    is_composed = delta is not None and delta.about.get("form") == "compose"
+    if delta is not None and not is_composed:
+        merge(base.model, delta)
+    has_adapter = "adapter_config.json" in opened.names
+    model = load_adapter(base, path) if has_adapter else base.model
+    if delta is not None and is_composed:  # in half precision a merge would round it
+        sparsify(model, delta.mask(), form="compose")
+        cast("SparseModel", model).sparse.load(delta)
+    if delta is not None or has_adapter:
+        return model
     tensors: dict[str, Tensor] = {}
     for name in opened.names:
         if name.endswith(".safetensors"):

@@ -51,11 +51,22 @@ def merge(
     deltas: Annotated[list[str], typer.Argument(metavar="DELTA", help=_DELTA, show_default=False)],
     out: OutOption,
     scale: Annotated[float, typer.Option(help="What every delta is multiplied by.")] = 1.0,
+    other_base: Annotated[
+        bool,
+        typer.Option(
+            "--other-base",
+            help="Take deltas made on other values of these weights, such as quantised ones.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Write a base with sparse deltas in its weights."""
-    perform(lambda _: _merged(base, deltas, out, scale), as_json=as_json, is_quiet=True)
+    perform(
+        lambda _: _merged(base, deltas, out, scale, other_base=other_base),
+        as_json=as_json,
+        is_quiet=True,
+    )
 
 
 def export(
@@ -138,13 +149,15 @@ def _is_tuned(manifest: Path) -> bool:
         return False  # whoever opens the folder says what is wrong with it
 
 
-def _merged(base: str, deltas: list[str], out: Path, scale: float) -> Result:
+def _merged(
+    base: str, deltas: list[str], out: Path, scale: float, *, other_base: bool = False
+) -> Result:
     from selectune.cli.listing import Listing
     from selectune.weights.merged import merged, n_moved
     from selectune.weights.merged_files import OVERWRITTEN, save_merged
     from selectune.weights.merging import merge
 
-    model: nn.Module = merge(base, deltas, scale=scale)
+    model: nn.Module = merge(base, deltas, scale=scale, other_base=other_base)
     handle = merged(model)
     n_touched = sum(len(p) for p, _ in handle.overwritten.values()) if handle else 0
     moved = n_moved(model)

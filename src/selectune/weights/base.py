@@ -1,15 +1,18 @@
 """The weights of a base model by the names that they have without any adapter around them."""
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from selectune.errors import SelectionError
 from selectune.gradients.kernels import Swapped
+from selectune.weights.linear import LinearMap, linear_map
 
 _PEFT = "base_model.model."
 # What peft puts between a module and its weights: around a LoRA, and beside a copy that trains.
@@ -28,18 +31,36 @@ def bare_name(name: str) -> str:
 
 def base_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of the base by bare name: tied ones once, adapters not at all."""
-    # What peft calls its own parts depends on the adapter; the model inside it keeps its names.
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return {
         bare_name(name): p
-        for name, p in inner.named_parameters()
+        for name, p in _inner(model).named_parameters()
         if not any(mark in name for mark in _ADAPTERS)
     }
 
 
+def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
+    """Return the linear maps of the base, quantised ones too, by the bare name of their matrix."""
+    found: dict[str, LinearMap] = {}
+    for prefix, module in _inner(model).named_modules():
+        name = f"{prefix}.weight" if prefix else "weight"
+        linear = None if any(mark in name for mark in _ADAPTERS) else linear_map(module)
+        if linear is not None:
+            found[bare_name(name)] = linear  # what peft wraps comes after its wrapper
+    return found
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    # What peft calls its own parts depends on the adapter; the model inside it keeps its names.
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def base_fingerprint(model: nn.Module) -> str:
-    """Return a hash of the base's weights: names, types, shapes and bytes."""
-    weights = base_weights(model)
+    """Return a hash of the base's weights: names, types, shapes and bytes; quantised with scales.
+
+    What a library makes of the same weights may depend on its version and device: two models that
+    were quantised from one base need not have one fingerprint.
+    """
+    weights = dict(_stored(model))
 
     def hashed(name: str) -> str:
         p = weights[name].detach().contiguous().cpu()
@@ -53,6 +74,26 @@ def base_fingerprint(model: nn.Module) -> str:
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
         parts = threads.map(hashed, names)
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    quantised = {n: linear for n, linear in linear_maps(model).items() if linear.is_quantised}
+    for name, p in base_weights(model).items():
+        if name not in quantised:
+            yield name, p
+    for name, linear in quantised.items():
+        for key, tensor in linear.stored().items():
+            if not any(mark in key for mark in _ADAPTERS):
+                yield from _parts(name.removesuffix("weight") + key, tensor)
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Take a tensor apart that others make up."""
+    if is_traceable_wrapper_subclass(tensor):
+        for key in tensor.__tensor_flatten__()[0]:
+            yield from _parts(f"{name}.{key}", getattr(tensor, key))
+    else:
+        yield name, tensor.detach().as_subclass(Tensor)
 
 
 def refuse_chosen(model: nn.Module, *, where: str, do: str) -> None:

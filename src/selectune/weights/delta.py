@@ -18,14 +18,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selectune.errors import IncompatibleRunError, SelectionError, TrainingError
-from selectune.weights.base import base_fingerprint, base_weights
+from selectune.weights.base import base_fingerprint, base_weights, linear_maps
 from selectune.weights.mask import WeightMask
 
 Stored: TypeAlias = Literal["float32", "bfloat16"]
 Indices: TypeAlias = Literal["plain", "gaps"]
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Of weights; types of fewer bits have scales beside them, which no delta can be added to.
+# Of weights that a delta can be added to.
 TYPES = {**STORED, "float16": torch.float16, "float64": torch.float64}
+# Of weights that have fewer bits and scales beside them: a delta acts beside them.
+QUANTISED = "quantised"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,10 +68,10 @@ class SparseDelta:
         for name, delta in deltas.items():
             if any(size < 0 for size in self.shapes[name]):
                 raise SelectionError(f"{name} cannot have the shape {self.shapes[name]}")
-            if self.dtypes[name] not in TYPES:
+            if self.dtypes[name] not in (*TYPES, QUANTISED):
                 raise SelectionError(
                     f"{name} is of the type {self.dtypes[name]:.80}",
-                    why=f"deltas are of weights of the types {', '.join(TYPES)}",
+                    why=f"deltas are of weights of the types {', '.join((*TYPES, QUANTISED))}",
                 )
             if delta.dtype not in STORED.values() or delta.shape != indices[name].shape:
                 raise SelectionError(
@@ -118,18 +120,26 @@ class SparseDelta:
                 do="load the base that was trained, without an adapter merged into it",
             )
 
-    def check_shapes(self, model: nn.Module, *, where: str = "") -> None:
+    def check_shapes(self, model: nn.Module, *, where: str = "", any_type: bool = False) -> None:
         """See that every changed parameter is there, with its shape and type.
+
+        Args:
+            model: with the weights of the bare base.
+            where: the delta's folder, for the message.
+            any_type: let the types differ.
 
         Raises:
             IncompatibleRunError: one is not.
         """
-        weights = base_weights(model)
-        missing = [n for n in self.indices if n not in weights]
-        odd = [n for n in self.indices if n in weights and weights[n].shape != self.shapes[n]]
+        held = {n: (tuple(p.shape), type_name(p.dtype)) for n, p in base_weights(model).items()}
+        for name, linear in linear_maps(model).items():
+            if linear.is_quantised:
+                held[name] = (linear.shape, QUANTISED)
+        missing = [n for n in self.indices if n not in held]
+        odd = [n for n in self.indices if n in held and held[n][0] != self.shapes[n]]
         if missing or odd:
             first = (missing or odd)[0]
-            told = "none" if missing else str(tuple(weights[first].shape))
+            told = "none" if missing else str(held[first][0])
             raise IncompatibleRunError(
                 "the delta was made on another base model",
                 where=where,
@@ -137,15 +147,23 @@ class SparseDelta:
                 f"{first} is {self.shapes[first]} in the delta and {told} in the model",
                 do=f"load the base with the fingerprint {self.base}",
             )
+        if any_type:
+            return
         for name, dtype in self.dtypes.items():
-            held = type_name(weights[name].dtype)
-            if held != dtype:
+            found = held[name][1]
+            if found != dtype:
+                is_loaded_so = dtype != QUANTISED
                 raise IncompatibleRunError(
-                    f"the delta was made on {dtype} weights, the model holds {held}",
+                    f"the delta was made on {dtype} weights, the model holds {found}",
                     where=where,
                     why=f"it expects the fingerprint {self.base}, which types are part of: "
-                    f"{name} would round otherwise",
-                    do=f"load the base with dtype=torch.{dtype}",
+                    f"{name} would round otherwise"
+                    if is_loaded_so
+                    else f"it was trained beside the rounding of {name}",
+                    do=f"load the base with dtype=torch.{dtype}"
+                    if is_loaded_so
+                    else "load the quantised base, or take it for what it is elsewhere: "
+                    "merge(..., other_base=True)",
                 )
 
     def save(

@@ -74,8 +74,9 @@ def eligible_weights(model: nn.Module, rule: Eligible) -> dict[str, EligibleWeig
             raise CoverageError(
                 f"{name} is stored as {weight.parameter.dtype}",
                 where="eligible",
-                why="single entries of a quantised weight cannot be trained in place",
-                do="load the base in fp32 or bf16, or leave these weights out of `eligible`",
+                why="scores are of single entries, which a quantised weight has not",
+                do="score the base in fp32 or bf16; the mask trains beside the quantised one with "
+                'sparsify(model, mask, form="compose", other_base=True)',
             )
     return found
 

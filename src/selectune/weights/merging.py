@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from selectune.errors import ConfigError, IncompatibleRunError, SelectionError
+from selectune.errors import ConfigError, CoverageError, IncompatibleRunError, SelectionError
+from selectune.weights.base import base_fingerprint, linear_maps
 from selectune.weights.delta import TYPES, SparseDelta
 from selectune.weights.merged import Merged, Part, change, merged
 from selectune.weights.merged_files import load_unmerged
@@ -28,6 +29,7 @@ def merge(
     delta: Delta | Sequence[Delta],
     *,
     scale: float | int | Sequence[float | int] = 1.0,
+    other_base: bool = False,
 ) -> nn.Module:
     """Add one or several deltas to the weights of their base, in place.
 
@@ -35,6 +37,9 @@ def merge(
         model: the base, or where to load it from; may hold deltas already.
         delta: deltas, or the folders they are saved in.
         scale: what each is multiplied by; one number is for all.
+        other_base: take deltas that were made on other values or types of weights with the same
+            names and shapes, such as those that their base was quantised from. What comes out is
+            then close to what was trained, not the same.
 
     Returns:
         The model. `unmerge` gives it back its own weights.
@@ -43,7 +48,7 @@ def merge(
         IncompatibleRunError: a delta was made on another base.
         SelectionError: a delta is merged already.
         ConfigError: there is no delta or no scale for one, or a weight would not be finite.
-        CoverageError: a weight cannot be changed in place.
+        CoverageError: a weight cannot be changed in place, as quantised ones cannot.
     """
     deltas: list[Delta] = [delta] if isinstance(delta, SparseDelta | str | Path) else list(delta)
     scales = [scale] * len(deltas) if isinstance(scale, float | int) else list(scale)
@@ -59,7 +64,7 @@ def merge(
     handle = merged(held)
     base = handle.base if handle else ""
     for made, place in zip(loaded, places, strict=True):
-        base = _check(held, made, base, place)
+        base = _check(held, made, base, place, other_base=other_base)
     parts = dict(handle.parts) if handle else {}
     for made, factor in zip(loaded, scales, strict=True):
         key = identity(made)
@@ -144,7 +149,7 @@ def load_base(path: str | Path, delta: SparseDelta) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     kinds = set(delta.dtypes.values())
-    dtype = TYPES[kinds.pop()] if len(kinds) == 1 else "auto"
+    dtype = TYPES.get(kinds.pop(), "auto") if len(kinds) == 1 else "auto"
     try:
         return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
     except (OSError, ValueError) as error:
@@ -177,10 +182,17 @@ def _without(handle: Merged, delta: SparseDelta) -> dict[str, Part]:
     return {k: part for k, part in handle.parts.items() if k != key}
 
 
-def _check(model: nn.Module, delta: SparseDelta, base: str, place: str) -> str:
+def _check(
+    model: nn.Module, delta: SparseDelta, base: str, place: str, *, other_base: bool = False
+) -> str:
     """See that a delta fits, and return the fingerprint of the base; "" for not known yet."""
     if not base:
         _refuse_sparse(model)
+    _refuse_quantised(model, delta)
+    if other_base:
+        delta.check_shapes(model, where=place, any_type=True)
+        return base or base_fingerprint(model)
+    if not base:
         delta.check(model, where=place)
         return delta.base
     delta.check_shapes(model, where=place)
@@ -193,6 +205,21 @@ def _check(model: nn.Module, delta: SparseDelta, base: str, place: str) -> str:
             do="merge only deltas of one base",
         )
     return base
+
+
+def _refuse_quantised(model: nn.Module, delta: SparseDelta) -> None:
+    linears = linear_maps(model)
+    quantised = [n for n in delta.indices if n in linears and linears[n].is_quantised]
+    if quantised:
+        raise CoverageError(
+            "no delta can be added to quantised weights",
+            where=quantised[0],
+            why=f"{len(quantised)} of the {len(delta.indices)} weights that it changes are stored "
+            "in steps that are larger than what it adds",
+            do='let it act beside them: sparsify(model, delta.mask(), form="compose"), then '
+            "model.sparse.load(delta); or merge it into the base that they were quantised from, "
+            "with other_base=True",
+        )
 
 
 def _refuse_sparse(model: nn.Module) -> None:

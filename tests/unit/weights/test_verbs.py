@@ -113,6 +113,15 @@ def test_verify_checks_a_delta_and_its_base(folder: Path) -> None:
     assert SparseDelta.load("two").base in both.lines()[-1]
 
 
+def test_a_delta_of_another_base_is_merged_when_asked_for(folder: Path, say: Say) -> None:
+    save_model(folder / "other", seed=1)
+    say("merge", "other", "one", "--other-base", "--out", "merged")
+    other = AutoModelForCausalLM.from_pretrained("other", dtype="auto")
+    found = AutoModelForCausalLM.from_pretrained("merged", dtype="auto")
+    assert_same_bits(found, bits(merge(other, "one", other_base=True)))
+    assert_same_bits(unmerge("merged"), bits(unmerge(other)))
+
+
 @pytest.mark.parametrize("name", ["sparse.json", "sparse.safetensors", "manifest.json"])
 def test_verify_names_what_is_damaged(folder: Path, name: str) -> None:
     file = folder / "one" / name

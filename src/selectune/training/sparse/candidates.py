@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectune.gradients.kernels import Pattern, exact
-from selectune.training.sparse.channels import matrix_shape
 from selectune.training.sparse.entries import Entries
 from selectune.training.sparse.reselection import highest
 from selectune.training.sparse.routes import Chosen
@@ -40,7 +39,8 @@ class Candidates:
     def pattern(self) -> Pattern:
         """Return the candidates as compressed rows of a matrix."""
         if self._pattern is None:
-            self._pattern = Pattern.of(self.index, matrix_shape(self._entries.weight))
+            n_rows, n_cols = self._entries.shape
+            self._pattern = Pattern.of(self.index, (n_rows, n_cols))
         return self._pattern
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Candidates:
         squares: Float[Tensor, " k"],
     ) -> None:
         """Go on from what others saw."""
-        device = self._entries.weight.device
+        device = self._entries.index.device
         self.n_seen, self._pattern = n_seen, None
         self.index = index.to(self._entries.index)
         self.total, self.squares = total.to(device), squares.to(device)

@@ -1,17 +1,11 @@
-"""The chosen entries of one weight, and how the weight keeps up with them.
+"""The chosen entries of one weight: optimizers see a vector `values`.
 
-Optimizers see a vector `values`, the weight itself never changes but by `write`. When to write is
-the hard part, as nothing tells for sure that an optimizer has moved a vector: fused kernels and
-steps through `.data` leave its version counter alone (torch 2.13: fused AdamW does), and a copy
-from a flat buffer is no step of an optimizer that holds it. Three signs together miss none:
-
-    a step of an optimizer that holds the vector     the weight is written at once
-    another version of the vector, another strength  it is written before its next use
-    a step of any other optimizer                    it is compared before its next use
+What the values are, and how they act, is the form's: see `in_place` and `compose`.
 """
 
 import logging
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -23,12 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from selectune.errors import TrainingError
 from selectune.gradients.kernels import Pattern
-from selectune.training.sparse.channels import matrix_shape, whole_channels
 from selectune.training.sparse.routes import Chosen, Routes
-from selectune.weights.base import flat
-from selectune.weights.delta import wide
+from selectune.weights.delta import Sealed, Stored
 
 DecayTo: TypeAlias = Literal["zero", "base"]
+Form: TypeAlias = Literal["in_place", "compose"]
 # Sees the gradient of a whole weight in each backward pass of it: (how to form it, how to read it
 # at other entries than those that train).
 Observer: TypeAlias = Callable[[Callable[[], Tensor], Callable[[Chosen], Tensor]], None]
@@ -36,14 +29,13 @@ _log = logging.getLogger(__name__)
 _PATIENCE = 3  # steps of an optimizer without the values before it is taken for a mistake
 
 
-class Entries:
+class Entries(ABC):
     """The chosen entries of one weight.
 
     Args:
         name: of the weight in the bare base.
-        weight: the tensor; it never requires a gradient.
-        index: the chosen places, flat and ascending.
-        decay_to: zero: `values` are the chosen weights; base: their distance from the base.
+        shape: of the weight.
+        index: the chosen places, flat and ascending, on its device.
         routes: how gradients reach the values.
         input_axis: of a matrix that inputs are multiplied by, the axis of the inputs.
         strengths: where its module keeps how much of the change acts, ...
@@ -53,28 +45,22 @@ class Entries:
     def __init__(
         self,
         name: str,
-        weight: nn.Parameter,
+        shape: tuple[int, ...],
         index: Int[Tensor, " k"],
         *,
-        decay_to: DecayTo,
         routes: Routes,
         input_axis: int | None,
         strengths: dict[str, float],
         key: str,
     ) -> None:
-        self.name, self.weight, self.decay_to, self.routes = name, weight, decay_to, routes
-        self.index = index.to(weight.device)
-        self.base = flat(weight)[self.index].clone()  # what training overwrites
-        start = wide(self.base) if decay_to == "zero" else torch.zeros_like(wide(self.base))
-        self.values = nn.Parameter(start.clone())
+        self.name, self.shape, self.index, self.routes = name, shape, index, routes
+        self.input_axis = input_axis
         # 1 but for passes that measure how the loss responds to the change.
         self._strengths, self._key = strengths, key
         strengths[key] = 1.0
-        self.input_axis = input_axis
-        self.channels = whole_channels(self.index, weight, input_axis)
+        self.channels: Int[Tensor, " c"] | None = None
         self.observer: Observer | None = None
         self._pattern: Pattern | None = None
-        self._seen: tuple[int, float, int] = self._now()
         self.n_steps = self.n_missed = 0
         _watch(self)
 
@@ -84,31 +70,59 @@ class Entries:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies are watched like originals."""
-        self.__dict__.update(state)
-        self._seen = (-1, 0.0, 0)  # a copy's versions start anew
+        vars(self).update(state)
         _watch(self)
 
-    def _now(self) -> tuple[int, float, int]:
-        return self.values._version, self._strengths[self._key], _steps[0]
+    @property
+    @abstractmethod
+    def values(self) -> nn.Parameter:
+        """What trains."""
 
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor | None:
+        """The tensor that stands where the weight does, None where nothing of that name does."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> str:
+        """The type of the weight, as it stands in files."""
+
+    @abstractmethod
     def sync(self) -> None:
         """Bring the weight up to date, at no cost where nothing has happened."""
-        now = self._now()
-        if now == self._seen or torch.compiler.is_compiling():
-            return
-        if now[:2] != self._seen[:2] or self._is_behind():
-            self.write()
-        self._seen = now
 
-    def _is_behind(self) -> bool:
-        # A graph may hold the weight: it must not look changed when it is not.
-        return not torch.equal(flat(self.weight)[self.index], self.stored())
-
-    @torch.no_grad()
+    @abstractmethod
     def write(self) -> None:
-        """Put the chosen values into the weight."""
-        flat(self.weight)[self.index] = self.stored()
-        self._seen = self._now()
+        """Bring the weight up to date."""
+
+    @abstractmethod
+    def deltas(self) -> Float[Tensor, " k"]:
+        """Return how far the chosen weights are from the base, unrounded."""
+
+    @abstractmethod
+    def sealed(self, dtype: Stored = "float32") -> Sealed:
+        """Return the deltas to store, and what it costs to make the live values equal to them."""
+
+    @abstractmethod
+    def take(self, deltas: Float[Tensor, " k"]) -> None:
+        """Make these the deltas."""
+
+    @abstractmethod
+    def n_moved(self) -> int:
+        """Return how many entries differ from the base."""
+
+    @abstractmethod
+    def let_go(self, *, to_base: bool) -> None:
+        """Leave the weight as training or, with `to_base`, the base has it."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """Give the entries back to the base, before others are chosen."""
+
+    @abstractmethod
+    def _arrive(self) -> Float[Tensor, " k"]:
+        """Return the values that the entries start from."""
 
     @torch.no_grad()
     def choose(self, index: Int[Tensor, " k"]) -> Int[Tensor, " k"]:
@@ -122,17 +136,16 @@ class Entries:
         Returns:
             For each of them the place it had before among the values, -1 for none.
         """
-        weight, old = flat(self.weight), self.index
-        weight[old] = self.base
+        self._leave()
+        old, values = self.index, self.values
         index = index.to(old)
         place = torch.searchsorted(old, index).clamp_(max=old.numel() - 1)
         came_from = torch.where(old[place] == index, place, -1)
-        self.index, self.base, self._pattern = index, weight[index], None
-        start = wide(self.base) if self.decay_to == "zero" else torch.zeros_like(self.values)
-        self.values.copy_(torch.where(came_from >= 0, self.values[place], start))
-        if self.values.grad is not None:
-            kept = self.values.grad[place].masked_fill_(came_from < 0, 0)
-            self.values.grad.copy_(kept)  # in place: DDP keeps gradients in memory of its own
+        self.index, self._pattern = index, None
+        values.copy_(torch.where(came_from >= 0, values[place], self._arrive()))
+        if values.grad is not None:
+            kept = values.grad[place].masked_fill_(came_from < 0, 0)
+            values.grad.copy_(kept)  # in place: DDP keeps gradients in memory of its own
         self._find_channels()
         self.write()
         return came_from
@@ -143,66 +156,34 @@ class Entries:
         self._find_channels()
 
     def _find_channels(self) -> None:
-        # Where channels are chosen, only their inputs are kept; an observer needs the others too.
-        is_free = self.observer is None
-        self.channels = (
-            whole_channels(self.index, self.weight, self.input_axis) if is_free else None
-        )
+        """Look whether whole channels are chosen, which a form may have a product for."""
+        self.channels = None
 
-    @torch.no_grad()
-    def deltas(self) -> Float[Tensor, " k"]:
-        """Return how far the chosen weights are from the base, unrounded."""
-        if self.decay_to == "base":
-            return self.values.detach()
-        return self.masters() - wide(self.base).to(self.values)
+    def gradient(self, rows: Float[Tensor, "t i"], dy: Float[Tensor, "t o"]) -> Float[Tensor, " k"]:
+        """Return the gradient of the values of a matrix.
 
-    @torch.no_grad()
-    def masters(self) -> Float[Tensor, " k"]:
-        """Return the chosen weights before they are rounded to the type of the weight."""
-        if self.decay_to == "zero":
-            return self.values.detach()
-        return wide(self.base) + self.values.detach().to(wide(self.base))
-
-    @torch.no_grad()
-    def stored(self) -> Float[Tensor, " k"]:
-        """Return what the weight holds, or is about to, at the chosen entries."""
-        factor = self._strengths[self._key]
-        if factor == 1:
-            return self.masters().to(self.base.dtype)
-        base = wide(self.base)
-        return (base + factor * (self.masters().to(base) - base)).to(self.base.dtype)
-
-    @torch.no_grad()
-    def set_masters(self, masters: Float[Tensor, " k"]) -> None:
-        """Make these the chosen weights."""
-        base = wide(self.base)
-        found = masters if self.decay_to == "zero" else masters.to(base) - base
-        self.values.copy_(found)
-        self.write()
-
-    def n_moved(self) -> int:
-        """Return how many entries are stored with other bits than in the base."""
-        as_bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self.base.element_size()]
-        self.sync()
-        held = flat(self.weight)[self.index]
-        return int((held.view(as_bits) != self.base.view(as_bits)).sum())
+        Args:
+            rows: the inputs; where the route takes columns, the chosen channels of them.
+            dy: the gradient of what they are mapped to.
+        """
+        left, right = (dy, rows) if self.input_axis == 1 else (rows, dy)
+        if self.observer is not None:
+            self.observer(
+                lambda: left.mT @ right, lambda chosen: self.routes.product(chosen, left, right)
+            )
+        return self.routes.product(self, left, right)
 
     def pattern(self) -> Pattern:
         """Return the entries of a matrix as compressed rows."""
         if self._pattern is None:
-            self._pattern = Pattern.of(self.index, matrix_shape(self.weight))
+            n_rows, n_cols = self.shape
+            self._pattern = Pattern.of(self.index, (n_rows, n_cols))
         return self._pattern
 
-    def follow(self, weight: nn.Parameter, values: nn.Parameter) -> None:
-        """Go along when the module was moved, cast or loaded into."""
-        self.weight, self.values = weight, values
-        if self.index.device != weight.device:
-            self._pattern = None
-        self.index = self.index.to(weight.device)
-        if self.channels is not None:
-            self.channels = self.channels.to(weight.device)
-        self.base = self.base.to(weight)
-        self.write()
+    def move(self, device: torch.device) -> None:
+        """Go along when the module went to another device."""
+        if self.index.device != device:
+            self.index, self._pattern = self.index.to(device), None
 
     def after_step(self, held: Mapping[int, object]) -> None:
         """Hear that an optimizer has stepped that holds the parameters of these ids."""
@@ -229,6 +210,11 @@ def _watch(entries: Entries) -> None:
     _entries.add(entries)
     if not _hooks:
         _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+def steps_so_far() -> int:
+    """Return how many steps all optimizers of the process have done."""
+    return _steps[0]
 
 
 def every_entries() -> dict[int, Entries]:

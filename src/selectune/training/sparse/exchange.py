@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def exchange(
     entries = every[name]
     old = entries.index
     drop, grow = drop.to(old), grow.to(old)
-    why = _mistake(old, drop, grow, entries.weight.numel())
+    why = _mistake(old, drop, grow, prod(entries.shape))
     if why:
         raise SelectionError(
             f"these entries of {name} cannot be exchanged",

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from selectune.errors import IncompatibleRunError
-from selectune.training.sparse.entries import DecayTo, Entries
+from selectune.training.sparse.entries import DecayTo, Entries, Form
 from selectune.training.sparse.exchange import Exchange, exchange, mask_digest
 from selectune.training.sparse.routes import Routes
-from selectune.weights.delta import Sealed, SparseDelta, Stored, seal, type_name, wide
+from selectune.weights.delta import Sealed, SparseDelta, Stored
 from selectune.weights.mask import WeightMask
 
 
@@ -26,6 +27,7 @@ class Sparse:
         decay_to: what weight decay pulls to.
         entries: by name of the weight in the bare base.
         route: how gradients reach the entries, and what was measured about it.
+        form: whether the entries stand in their weights or act beside them.
         trained: which parameters of the base required a gradient before.
         about: plain facts that whoever exchanges entries adds to the mask's.
     """
@@ -35,6 +37,7 @@ class Sparse:
     decay_to: DecayTo
     entries: Mapping[str, Entries]
     route: Routes
+    form: Form = "in_place"
     trained: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
     about: dict[str, Any] = field(default_factory=dict[str, Any])
     _mask: WeightMask | None = None  # once entries have been exchanged
@@ -64,6 +67,11 @@ class Sparse:
     def n_chosen(self) -> int:
         """How many entries train."""
         return self.start.n_chosen
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds a part of the values: all have to ask for what is told."""
+        return any(isinstance(e.values, DTensor) for e in self.entries.values())
 
     def replace(self, name: str, drop: Int[Tensor, " d"], grow: Int[Tensor, " g"]) -> Exchange:
         """Let other entries of a weight train: `drop` goes back to the base, `grow` starts there.
@@ -112,11 +120,12 @@ class Sparse:
         return sum(entries.n_moved() for entries in self.entries.values())
 
     def __repr__(self) -> str:
-        return f"Sparse({self.mask!r}, {self.moved():,} moved)"
+        told = "sharded" if self.is_sharded else f"{self.moved():,} moved"
+        return f"Sparse({self.mask!r}, {told})"
 
     def delta(self) -> SparseDelta:
         """Return what training has changed so far; the model stays as it is."""
-        return self._delta({n: seal(e.masters(), e.base) for n, e in self.entries.items()})
+        return self._delta({name: e.sealed() for name, e in self.entries.items()})
 
     def seal(self, dtype: Stored = "float32") -> tuple[SparseDelta, int, float]:
         """Make the live weights equal what their delta will give when it is loaded.
@@ -127,11 +136,10 @@ class Sparse:
         Returns:
             The delta, how many stored weights changed for it, and the largest change.
         """
-        sealed = {n: seal(e.masters(), e.base, dtype=dtype) for n, e in self.entries.items()}
+        sealed = {name: e.sealed(dtype) for name, e in self.entries.items()}
         delta = self._delta(sealed)  # before anything changes: it refuses what is not finite
         for name, entries in self.entries.items():
-            base = wide(entries.base)
-            entries.set_masters(base + sealed[name].delta.to(base))
+            entries.take(sealed[name].delta)
         return (
             delta,
             sum(part.n_changed for part in sealed.values()),
@@ -167,15 +175,14 @@ class Sparse:
                 do="sparsify the base that it was made on with its own mask, `delta.mask()`",
             )
         for name, entries in self.entries.items():
-            base = wide(entries.base)
-            entries.set_masters(base + delta.deltas[name].to(base))
+            entries.take(delta.deltas[name])
 
     def _delta(self, sealed: Mapping[str, Sealed]) -> SparseDelta:
         return SparseDelta(
             indices=self.mask.indices,
             deltas={name: part.delta for name, part in sealed.items()},
-            shapes={name: tuple(e.weight.shape) for name, e in self.entries.items()},
-            dtypes={name: type_name(e.base.dtype) for name, e in self.entries.items()},
+            shapes={name: e.shape for name, e in self.entries.items()},
+            dtypes={name: e.dtype for name, e in self.entries.items()},
             base=self.base,
             about={
                 "density": self.mask.density,
@@ -183,16 +190,26 @@ class Sparse:
                 "n_chosen": self.n_chosen,
                 "n_moved": self.moved(),
                 "decay_to": self.decay_to,
+                **self._formed(),
+                **self._scored(),
             },
         )
 
     def identity(self) -> dict[str, Any]:
         """Return what values are worthless without: base, first mask, and what they mean."""
-        return {"base": self.base, "mask": mask_digest(self.start), "decay_to": self.decay_to}
+        digest = mask_digest(self.start)
+        return {"base": self.base, "mask": digest, "decay_to": self.decay_to, **self._formed()}
+
+    def _formed(self) -> dict[str, Any]:
+        return {} if self.form == "in_place" else {"form": self.form}
+
+    def _scored(self) -> dict[str, Any]:
+        is_own = self.start.base in ("", self.base)
+        return {} if is_own else {"scored_on": self.start.base}
 
 
-# What every delta says about itself.
-_OWN = ("density", "n_chosen", "n_moved", "decay_to")
+# What deltas say about themselves.
+_OWN = ("density", "n_chosen", "n_moved", "decay_to", "form", "scored_on")
 
 
 def _sizes(indices: Mapping[str, Tensor]) -> dict[str, int]:

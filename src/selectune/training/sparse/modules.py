@@ -1,6 +1,6 @@
 """Modules of which single entries train: their class is swapped for one that adds to it.
 
-The weight stays where it is and never requires a gradient. Beside it stands a parameter
+In place, the weight stays where it is and never requires a gradient. Beside it stands a parameter
 `<name>_values`, which everything that looks for parameters finds: optimizers, clipping, DDP, loss
 scaling, training methods. Whoever reads the weight gets it up to date and, where a graph is being
 made, hanging on the values; a fused head that never calls its module is served like any other.
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from selectune.errors import TrainingError
 from selectune.gradients.kernels import Call, Rows, SparseRows, Swapped, gradient_kernel, kernel_of
 from selectune.training.sparse.entries import Entries
+from selectune.training.sparse.in_place import InPlace
 from selectune.training.sparse.routes import Chosen
 
 VALUES = "_values"
@@ -28,7 +29,7 @@ class _Attached(torch.autograd.Function):
     """A weight that hangs on its chosen values."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, entries: Entries) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, values: Tensor, weight: Tensor, entries: InPlace) -> Tensor:  # noqa: ANN401
         ctx.entries = entries
         return weight.view_as(weight)
 
@@ -38,7 +39,7 @@ class _Attached(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         *grads: Tensor,
     ) -> Any:  # noqa: ANN401
-        entries: Entries = ctx.entries
+        entries: InPlace = ctx.entries
 
         def at(chosen: Chosen) -> Tensor:
             return entries.routes.gathered(chosen, lambda: grads[0])
@@ -58,7 +59,7 @@ class _Product(torch.autograd.Function):
         values: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        entries: Entries,
+        entries: InPlace,
     ) -> Tensor:
         kind = x.device.type
         ctx.entries, ctx.dtype, ctx.shape = entries, x.dtype, x.shape
@@ -86,7 +87,7 @@ class _Product(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         *grads: Tensor,
     ) -> Any:  # noqa: ANN401
-        entries: Entries = ctx.entries
+        entries: InPlace = ctx.entries
         rows, weight = ctx.saved_tensors
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         for_x, for_values, _, for_bias, _ = ctx.needs_input_grad
@@ -96,13 +97,7 @@ class _Product(torch.autograd.Function):
             used = weight.to(dy.dtype)
             dx = (dy @ (used if is_linear else used.mT)).view(ctx.shape).to(ctx.dtype)
         if for_values:
-            left, right = (dy, rows) if is_linear else (rows, dy)
-            if entries.observer is not None:
-                entries.observer(
-                    lambda: left.mT @ right,
-                    lambda chosen: entries.routes.product(chosen, left, right),
-                )
-            dv = entries.routes.product(entries, left, right)
+            dv = entries.gradient(rows, dy)
         return dx, dv, None, dy.sum(0) if for_bias else None, None
 
 
@@ -121,22 +116,54 @@ class SparseModule(Copied):
     # By the name of the values: 1 unless it is measured how the loss responds to them.
     sparse_strengths: dict[str, float]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseModule":
+        """Move and cast the weights; the values stay as exact as they are."""
+        own = [e.values for e in self.sparse_entries.values()]
+        kept = {id(t) for v in own for t in (v, v.grad) if t is not None}
+
+        def apart(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if id(t) in kept and moved.dtype != t.dtype else moved
+
+        super()._apply(apart, recurse)
+        self.follow()
+        return self
+
+    def follow(self) -> None:
+        """Go along with parameters that were moved, cast or loaded."""
+        raise NotImplementedError
+
+    def rows_of(self, call: Call, name: str) -> Rows | None:
+        """Return what each example asks of the whole of a parameter, as if all of it trained."""
+        kernel = kernel_of(self.swapped_from)
+        return None if kernel is None else kernel(call, name)
+
+
+class SparseWeight(SparseModule):
+    """A module whose weights hold their chosen entries."""
+
     def attached(self, key: str) -> Tensor:
         """Return a weight up to date, hanging on its values where a graph is being made."""
         table: dict[str, Any] = vars(self)["_parameters"]
-        entries, held, values = self.sparse_entries[key], table[key], table[key + VALUES]
+        entries, held, values = self._in_place(key), table[key], table[key + VALUES]
         if held is entries.weight:
             entries.sync()
         elif isinstance(held, nn.Parameter):
             raise TrainingError(
                 f"{entries.name} is another tensor than when its entries were chosen",
                 why="something replaced the parameters of the model: FSDP, offloading, resizing",
-                do="`sparsify` after that; weights that are sharded cannot be trained in place",
+                do="`sparsify` after that; where weights are to be sharded, give `sparsify` "
+                'form="compose"',
             )
         # What stands there for a while (a lent copy, an argument of a functional call) stays.
         if held.requires_grad or not values.requires_grad or not torch.is_grad_enabled():
             return held
         return _Attached.apply(values, held, entries)  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
+
+    def _in_place(self, key: str) -> InPlace:
+        entries = self.sparse_entries[key]
+        assert isinstance(entries, InPlace)
+        return entries
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Run the module with one node for each weight, however often it reads the weight."""
@@ -153,33 +180,20 @@ class SparseModule(Copied):
         with torch.no_grad():
             return super().get_parameter(target)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseModule":
-        """Move and cast the weights; the values stay as exact as they are."""
-        own = [e.values for e in self.sparse_entries.values()]
-        kept = {id(t) for v in own for t in (v, v.grad) if t is not None}
-
-        def apart(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return t.to(moved.device) if id(t) in kept and moved.dtype != t.dtype else moved
-
-        super()._apply(apart, recurse)
-        self.follow()
-        return self
-
     def follow(self) -> None:
         """Go along with parameters that were moved, cast or loaded."""
         table: dict[str, Any] = vars(self)["_parameters"]
-        for key, entries in self.sparse_entries.items():
-            entries.follow(table[key], table[key + VALUES])
+        for key in self.sparse_entries:
+            self._in_place(key).follow(table[key], table[key + VALUES])
 
 
-class SparseProduct(SparseModule):
+class SparseProduct(SparseWeight):
     """A Linear or Conv1D whose matrix has chosen entries."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the module's output."""
         table: dict[str, Any] = vars(self)["_parameters"]
-        entries, values = self.sparse_entries["weight"], table["weight" + VALUES]
+        entries, values = self._in_place("weight"), table["weight" + VALUES]
         weight = table["weight"]
         if weight is not entries.weight or not values.requires_grad or not torch.is_grad_enabled():
             return super().forward(input)
@@ -196,7 +210,7 @@ def input_axis(module: nn.Module, key: str) -> int | None:
 
 
 def _reader(key: str) -> property:
-    def read(module: SparseModule) -> Tensor:
+    def read(module: SparseWeight) -> Tensor:
         return module.attached(key)
 
     return property(read)
@@ -235,11 +249,10 @@ def sparse_values(call: Call, name: str) -> Rows | None:
     """Rows of chosen values: those of the whole weight, read at the chosen entries."""
     module = call.module
     assert isinstance(module, SparseModule)
-    kernel = kernel_of(module.swapped_from)
     entries = module.sparse_entries.get(name.removesuffix(VALUES))
-    if kernel is None or entries is None or not name.endswith(VALUES):
-        return None if kernel is None else kernel(call, name)
-    rows = kernel(call, name.removesuffix(VALUES))
+    if entries is None or not name.endswith(VALUES):
+        return module.rows_of(call, name)
+    rows = module.rows_of(call, name.removesuffix(VALUES))
     if rows is None:
         return None
     is_matrix = entries.input_axis is not None

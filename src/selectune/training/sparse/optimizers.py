@@ -162,7 +162,7 @@ class SM3(Optimizer):
                 if p.grad is None:
                     continue
                 entries = every.get(id(p))
-                shape = tuple(p.shape if entries is None else entries.weight.shape) or (1,)
+                shape = tuple(p.shape if entries is None else entries.shape) or (1,)
                 index = None if entries is None else entries.index
                 sums = self._accumulators(p, shape)
                 square = p.grad.square()

@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
 from selectune.errors import CorruptFileError, IncompatibleRunError
 from selectune.files import write_file
@@ -51,7 +52,8 @@ class SparseModel(Copied):
 
         The live weights are sealed: they change by a last bit here and there, so that the base with
         the delta is what they are. A folder called `checkpoint-N` is a trainer's: nothing changes
-        in the model, and all is kept that a resumed run needs.
+        in the model, and all is kept that a resumed run needs. Where values are sharded over
+        processes, all of these call this, and the first one writes.
 
         Args:
             save_directory: the folder.
@@ -66,14 +68,16 @@ class SparseModel(Copied):
             StorageError: the folder cannot be written.
             TrainingError: a value is not a finite number.
         """
-        if not is_main_process:
+        is_sharded = self.sparse.is_sharded
+        writes = is_main_process and (not is_sharded or distributed.get_rank() == 0)
+        if not writes and not is_sharded:
             return
         folder = Path(save_directory)
         upload = {key: options.pop(key) for key in _UPLOAD if key in options}
+        resumed: dict[str, Tensor] | None = None
         if _CHECKPOINT.fullmatch(folder.name):
             delta = self.sparse.delta()
             resumed = self._resumed(state_dict)
-            write_file(folder / RESUMED, tensors_to_bytes(resumed, RESUMED))
         else:
             delta, n_changed, largest = self.sparse.seal(dtype)
             if n_changed:
@@ -82,7 +86,14 @@ class SparseModel(Copied):
                     "saved delta gives exactly what is live",
                     n_changed, len(delta), largest,
                 )  # fmt: skip
-        if issubclass(self.swapped_from, PeftModel):
+        is_adapted = issubclass(self.swapped_from, PeftModel)
+        if is_adapted and is_sharded:
+            options["state_dict"] = self._trained()
+        if not writes:
+            return
+        if resumed is not None:
+            write_file(folder / RESUMED, tensors_to_bytes(resumed, RESUMED))
+        if is_adapted:
             cast("Any", super()).save_pretrained(str(folder), **options)
         delta.save(folder, dtype=dtype, indices=indices)
         if push_to_hub:
@@ -149,20 +160,27 @@ class SparseModel(Copied):
             sparse.choose(sparse.start.indices, about)
 
     def _resumed(self, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        return {**self._trained(state_dict), _EXTRA: self.get_extra_state()}
+
+    def _trained(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return all that trains, whether or not it does at this step."""
         entries = self.sparse.entries.values()
         still = {id(p) for p in base_weights(self).values() if not p.requires_grad}
         own = {name: p for name, p in self.named_parameters() if id(p) not in still}
         assert {id(e.values) for e in entries} <= {id(p) for p in own.values()}
         given = state_dict or {}
-        found = {name: given.get(name, p).detach().contiguous() for name, p in own.items()}
-        return {**found, _EXTRA: self.get_extra_state()}
+        return {name: _whole(given.get(name, p)).contiguous() for name, p in own.items()}
 
 
 _UPLOAD = (
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr",
     "max_shard_size", "tags",
 )  # fmt: skip
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    held = tensor.detach()
+    return held.full_tensor() if isinstance(held, DTensor) else held
 
 
 def _bytes(state: Tensor) -> bytes:

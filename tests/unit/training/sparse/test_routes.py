@@ -76,7 +76,7 @@ def test_tied_weights_have_one_vector_and_both_uses_count() -> None:
     batch_loss(model, BATCH, "token").backward()
     assert_close(entries.values.grad, expected[entries.index], rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        entries.values += 1
+        entries.values.add_(1)
         model.lm_head(torch.zeros(1, 16))
     assert model.lm_head.get_parameter("weight") is model.model.embed_tokens.get_parameter("weight")
     assert torch.equal(entries.weight.flatten()[entries.index], entries.values)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_gast import batch_loss
-from slow_sparse import bits, chosen, is_matrix, mask_of, slow_train
+from slow_sparse import bits, chosen, is_matrix, live, mask_of, matrices, slow_train
 from tiny import tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -16,12 +16,13 @@ from torch.testing import assert_close
 from selectune.data import Batch
 from selectune.errors import TrainingError
 from selectune.training.sparse import SparseModel, sparsify
-from selectune.training.sparse.entries import DecayTo
+from selectune.training.sparse.entries import DecayTo, Form
 from selectune.training.sparse.routes import Route
 from selectune.weights.base import base_weights
 from selectune.weights.mask import WeightMask
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+FORMS: tuple[Form, ...] = ("in_place", "compose")
 BATCHES = [tiny_batch(3, seed=s) for s in range(8)]
 
 
@@ -88,6 +89,8 @@ def assert_frozen(model: nn.Module, mask: WeightMask, before: dict[str, Tensor])
 
 
 def assert_up_to_date(model: SparseModel) -> None:
+    if model.sparse.form == "compose":
+        return
     for name, entries in model.sparse.entries.items():
         held = base_weights(model)[name].detach().flatten()[entries.index]
         assert torch.equal(held, entries.masters().to(held.dtype)), name
@@ -110,6 +113,7 @@ def steps_of(n: int, n_micro: int = 1) -> list[list[Batch]]:
     skipped=st.sampled_from([None, 0, 1]),
     resumed=st.booleans(),
     family=st.sampled_from(["llama", "gpt2"]),
+    form=st.sampled_from(["in_place", "compose"]),
 )
 def test_every_entry_outside_of_the_mask_stays_bit_identical(
     kind: str,
@@ -123,14 +127,17 @@ def test_every_entry_outside_of_the_mask_stays_bit_identical(
     skipped: int | None,
     resumed: bool,
     family: str,
+    form: Form,
 ) -> None:
     base = tiny_model(family).to(dtype)
-    before, mask = bits(base), mask_of(base, density)
+    is_chosen = matrices(base) if form == "compose" else bits(base).__contains__
+    before, mask = bits(base), mask_of(base, density, only=is_chosen)
+    decay_to = "base" if form == "compose" else decay_to
     skip = frozenset({skipped} - {None})
     steps = steps_of(3, n_micro)
 
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = sparsify(copy.deepcopy(base), mask, route=route, decay_to=decay_to)
+        model = sparsify(copy.deepcopy(base), mask, route=route, decay_to=decay_to, form=form)
         # Everything is given to the optimizer, as people do.
         return model, OPTIMIZERS[kind](list(model.parameters()), decay)
 
@@ -142,26 +149,30 @@ def test_every_entry_outside_of_the_mask_stays_bit_identical(
         model.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])
     train(model, optimizer, steps[2:], clip=clip)
-    assert_frozen(model, mask, before)
+    assert_frozen(model, mask if form == "in_place" else WeightMask({}, mask.shapes), before)
     assert_up_to_date(model)
     assert model.sparse.moved() > 0
     if dtype == torch.float32:
         twin = copy.deepcopy(base)
         make: Make = lambda p: OPTIMIZERS[kind](p, decay)  # noqa: E731
         slow_train(twin, mask, steps, make, clip=clip, decay_to=decay_to, skip=skip)
-        assert_close(bits(model), bits(twin), rtol=1e-4, atol=1e-5)
+        assert_close(live(model), bits(twin), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("route", ["gather", "sampled"])
-@pytest.mark.parametrize("decay_to", ["zero", "base"])
-def test_without_decay_it_is_masked_dense_adamw(route: Route, decay_to: DecayTo) -> None:
+@pytest.mark.parametrize(
+    ("form", "decay_to"), [("in_place", "zero"), ("in_place", "base"), ("compose", "base")]
+)
+def test_without_decay_it_is_masked_dense_adamw(
+    route: Route, form: Form, decay_to: DecayTo
+) -> None:
     model, twin = tiny_model("llama"), tiny_model("llama")
     mask = mask_of(model, only=is_matrix)
     make: Make = lambda p: torch.optim.AdamW(p, lr=1e-3, eps=1e-4, weight_decay=0.0)  # noqa: E731
-    sparsify(model, mask, route=route, decay_to=decay_to)
+    sparsify(model, mask, route=route, decay_to=decay_to, form=form)
     train(model, make(model.sparse.parameters()), steps_of(5))
     slow_train(twin, mask, steps_of(5), make)
-    assert_close(bits(model), bits(twin), rtol=0, atol=1e-6)
+    assert_close(live(model), bits(twin), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "opt", "qwen3"])
@@ -305,26 +316,31 @@ def test_values_without_a_gradient_are_named(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("route", ["gather", "sampled"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-def test_activation_checkpointing_changes_nothing(reentrant: bool, route: Route) -> None:
+def test_activation_checkpointing_changes_nothing(
+    reentrant: bool, route: Route, form: Form
+) -> None:
     found = []
     for checkpoints in (False, True):
         model = tiny_model("llama").train()
-        sparsify(model, mask_of(model), route=route)
+        only = is_matrix if form == "compose" else bits(model).__contains__
+        sparsify(model, mask_of(model, only=only), route=route, form=form)
         if checkpoints:
             options = {"use_reentrant": reentrant}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
             model.enable_input_require_grads()
         train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), steps_of(3, 2))
-        found.append(bits(model))
+        found.append(live(model))
     assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("route", ["gather", "sampled"])
-def test_autocast_trains_as_it_does_plainly(route: Route) -> None:
+def test_autocast_trains_as_it_does_plainly(route: Route, form: Form) -> None:
     model, plain = tiny_model("llama"), tiny_model("llama")
     mask = mask_of(model, 1.0, only=is_matrix)
-    sparsify(model, mask, route=route)
+    sparsify(model, mask, route=route, form=form)
     losses = []
     for each in (model, plain):
         with torch.autocast("cpu", torch.bfloat16):
