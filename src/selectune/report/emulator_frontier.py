@@ -23,11 +23,13 @@ class FrontierPoint:
     """One emulator.
 
     Args:
+        number: by which the page knows it.
         label: what it is called.
         loss: its own, in nats per token; the higher, the less it gives away.
         utility: what it is good for; the higher, the better.
     """
 
+    number: int
     label: str
     loss: float
     utility: float
@@ -37,7 +39,7 @@ def frontier(points: Sequence[FrontierPoint], model_loss: float, utility: str) -
     """Return a scatter of emulators; those that no other beats in both are coloured.
 
     Args:
-        points: numbered in their order.
+        points: to be drawn.
         model_loss: of the model by itself, in nats per token on the same probe.
         utility: what `FrontierPoint.utility` is.
     """
@@ -90,13 +92,17 @@ def write_frontier(
 
 def render(emulators: Mapping[str, EmulatorFacts], won: OffsiteTable | None = None) -> str:
     """Return the page; equal facts give equal text."""
+    numbers = {name: place + 1 for place, name in enumerate(emulators)}
     losses = {name: facts.quality["losses_nats"]["emulator"] for name, facts in emulators.items()}
     points = [
         FrontierPoint(
-            label=name, loss=losses[name], utility=facts.quality["gradients"]["cosine"]
+            number=numbers[name],
+            label=name,
+            loss=losses[name],
+            utility=facts.quality["gradients"]["cosine"],
         )
         for name, facts in emulators.items()
-    ]  # fmt: skip
+    ]
     first = next(iter(emulators.values()))
     title = f"{count(len(emulators), 'emulator')} of one model"
     return document(
@@ -115,27 +121,34 @@ def render(emulators: Mapping[str, EmulatorFacts], won: OffsiteTable | None = No
             table(
                 ["Emulator", "Compressor", "Of the middle", "Loss by itself", "Cosine",
                  "Relative error"],
-                [_row(place, *pair) for place, pair in enumerate(emulators.items())],
+                [_row(numbers[name], name, facts) for name, facts in emulators.items()],
                 class_="plain",
             ),
         ),
-        None if won is None else _won(won, losses, first.quality["losses_nats"]["original"]),
+        None
+        if won is None
+        else _won(won, numbers, losses, first.quality["losses_nats"]["original"]),
     )  # fmt: skip
 
 
-def _won(won: OffsiteTable, losses: Mapping[str, float], model_loss: float) -> Markup:
+def _won(
+    won: OffsiteTable,
+    numbers: Mapping[str, int],
+    losses: Mapping[str, float],
+    model_loss: float,
+) -> Markup:
     """Return what tuning on the emulators won for the model, over all tasks together."""
     is_loss = won.metric == "answer_loss"
     task = won.rows[0].task  # all of them, where there are several
-    rows = [row for row in won.rows if row.task == task]
+    rows = [row for row in won.rows if row.task == task and row.method in numbers]
     points = [
         FrontierPoint(
+            number=numbers[row.method],
             label=row.method,
             loss=losses[row.method],
             utility=-row.gain.mean_difference if is_loss else row.gain.mean_difference,
         )
         for row in rows
-        if row.method in losses
     ]
     unit = "nats per token of the answer, lower is better" if is_loss else "% right"
     utility = "Loss that the plugged model lost" if is_loss else "Points that the plugged model won"
@@ -150,13 +163,13 @@ def _won(won: OffsiteTable, losses: Mapping[str, float], model_loss: float) -> M
         table(
             ["Emulator", join(["ZS", tag("span", unit, class_="unit")]), "FT", "FT of the adapter",
              "Emulator ZS", "EFT", "PI", "Δ = PI − EFT", "PI − ZS"],
-            [_outcome(row, 3 if is_loss else 1) for row in rows],
+            [_outcome(numbers[row.method], row, 3 if is_loss else 1) for row in rows],
             class_="plain",
         ),
     )  # fmt: skip
 
 
-def _outcome(row: OffsiteRow, digits: int) -> list[Child]:
+def _outcome(number_of: int, row: OffsiteRow, digits: int) -> list[Child]:
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.{digits}f}"
 
@@ -167,18 +180,22 @@ def _outcome(row: OffsiteRow, digits: int) -> list[Child]:
 
     values = (row.zs, row.ft, row.ft_adapter, row.emulator_zs, row.eft, row.pi)
     return [
-        isolated(shortened(row.method, 40)),
+        _named(number_of, row.method),
         *map(number, values),
         interval(row.delta),
         interval(row.gain),
     ]
 
 
-def _row(place: int, name: str, facts: EmulatorFacts) -> list[Child]:
+def _named(number: int, name: str) -> Markup:
+    return join([f"{number} ", isolated(shortened(name, 60))])
+
+
+def _row(number: int, name: str, facts: EmulatorFacts) -> list[Child]:
     quality = facts.quality
     options = ", ".join(f"{key} {value}" for key, value in facts.about["options"].items())
     return [
-        join([f"{place + 1} ", isolated(shortened(name, 40))]),
+        _named(number, name),
         join([facts.about["method"], tag("span", options, class_="unit") if options else None]),
         percent(quality["ratios"]["middle"]),
         decimal(quality["losses_nats"]["emulator"]),
@@ -200,5 +217,5 @@ def _mark(place: int, point: FrontierPoint, at: tuple[float, float], best: set[i
         tag("title", words),
         tag("circle", cx=f"{coordinate(x)}%", cy=y, r=6,
             class_=f"dot {'selected' if place in best else 'base'}"),
-        figures.text(x, y - 11, f"{place + 1}", anchor="middle", class_="halo"),
+        figures.text(x, y - 11, f"{point.number}", anchor="middle", class_="halo"),
     )  # fmt: skip

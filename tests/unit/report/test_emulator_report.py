@@ -342,7 +342,8 @@ def test_layers_are_named_as_people_name_them(layers: list[int], words: str) -> 
 @given(st.lists(st.tuples(st.floats(0, 9), st.floats(-1, 1)), min_size=1, max_size=8))
 def test_the_coloured_emulators_are_those_that_none_beats(pairs: list[tuple[float, float]]) -> None:
     points = [
-        FrontierPoint(label=f"e{k}", loss=x, utility=y) for k, (x, y) in enumerate(pairs)
+        FrontierPoint(number=k, label=f"e{k}", loss=x, utility=y)
+        for k, (x, y) in enumerate(pairs)
     ]  # fmt: skip
     drawn = frontier(points, 3.0, "Cosine")
     is_best = [
