@@ -1,10 +1,33 @@
 """What several benchmarks share."""
 
+import json
+import os
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 from selectune.progress import Advance
+
+# glibc keeps what is freed, and its habits would be measured in place of ours.
+_ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def child(script: str, *words: str) -> dict[str, Any]:
+    """Measure memory in a process of its own: the script's last line, as JSON."""
+    command = [sys.executable, script, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=_ENVIRONMENT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratio(times: list[float], to: list[float]) -> float:
+    """Return the median ratio of neighbours, so that a busy machine slows both."""
+    return round(statistics.median(a / b for a, b in zip(times, to, strict=True)), 3)
 
 
 class Stopwatch:

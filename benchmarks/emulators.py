@@ -16,17 +16,15 @@ SmolLM2-135M, first and last two layers as the adapter, 60 % of the layers betwe
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, cast
 
 import torch
 from _arms import clock, load, tokens
+from _common import child, ratio
 from _owners import forward, saved_bytes, size
 from torch import Tensor, nn
 
@@ -49,8 +47,6 @@ from selectune.registry import CompressorNeed
 SHARES = {"keep_attention": 0.6, "keep_mlp": 0.6}
 BUDGET = 2048  # padded tokens in a batch: the default of `emulate`
 GRADIENTS: frozenset[CompressorNeed] = frozenset({"gradients"})
-# glibc keeps what is freed, and its habits would be measured in place of ours.
-ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
 PARTS = ("build", "memory", "tune")
 
 
@@ -123,7 +119,7 @@ def build(ground: Ground, *, repeats: int) -> dict[str, Any]:
         seconds["compress"].append(clock(lambda: ground.compress("gradot", found)))
     return {
         "seconds": {name: round(statistics.median(times), 2) for name, times in seconds.items()},
-        "statistics_to_plain": _ratio(seconds["statistics"], seconds["plain"]),
+        "statistics_to_plain": ratio(seconds["statistics"], seconds["plain"]),
         "compress_seconds_per_layer": round(
             statistics.median(seconds["compress"]) / len(middle), 3
         ),
@@ -242,26 +238,12 @@ def tune(ground: Ground, *, repeats: int) -> dict[str, Any]:
     found = {name: arm.held() for name, arm in arms.items()}
     return {
         "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
-        "time": _ratio(seconds["emulator"], seconds["model"]),
+        "time": ratio(seconds["emulator"], seconds["model"]),
         "predicted": round(ratios.whole, 4),
         "middle": round(ratios.middle, 4),
         "bytes": found,
         "memory": round(sum(found["emulator"].values()) / sum(found["model"].values()), 4),
     }
-
-
-def _ratio(times: list[float], to: list[float]) -> float:
-    # Of neighbours, so that a busy machine slows both.
-    return round(statistics.median(a / b for a, b in zip(times, to, strict=True)), 3)
-
-
-def child(*words: str) -> dict[str, Any]:
-    """Measure memory in a process of its own."""
-    command = [sys.executable, __file__, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -274,7 +256,7 @@ def measure(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
             repeats=1 if arguments.quick else 3,
         ),
         "memory": lambda: {
-            name: child("--layers", str(count), *words)
+            name: child(__file__, "--layers", str(count), *words)
             for name, count in (("plain", 0), ("one layer", 1), ("all layers", 1000))
         },
         "tune": lambda: tune(

@@ -26,11 +26,8 @@ and choosing do not grow with the examples, so they stand apart too.
 import argparse
 import copy
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -40,6 +37,7 @@ from typing import Any, cast
 
 import torch
 from _arms import DENSITY, T, clock, load
+from _common import child, ratio
 from _owners import FORMS, Arm, Form, shared
 from _passes import BUDGET, passes
 from transformers.utils import logging as transformers_logging
@@ -50,8 +48,6 @@ from selectune.weights import WeightMask, WeightScores
 from selectune.weights.base import base_fingerprint
 
 MASTER: Form = "full fp32"
-# glibc keeps what is freed, and its habits would be measured in place of ours.
-ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def asked_forms(text: str) -> list[Form]:
@@ -66,15 +62,6 @@ def forms_of(dtype: str, asked: list[Form]) -> list[Form]:
     """Return the forms to measure; ratios are to full fine-tuning and to LoRA."""
     names: list[Form] = list(dict.fromkeys(("full", "lora", *asked)))
     return [name for name in names if name != MASTER or dtype != "float32"]
-
-
-def child(*words: str) -> dict[str, Any]:
-    """Measure memory in a process of its own."""
-    command = [sys.executable, __file__, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, int]:
@@ -156,14 +143,14 @@ def measure(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
         told = ", ".join(f"{key} {mask_facts[key]}" for key in list(mask_facts)[2:])
         print(f"{dtype} mask, beside plain passes: {told}", flush=True)
         words += ["--batch", str(arguments.batch), "--mask", str(place)]
-        bytes_of = {name: child("--arm", name, *words) for name in names}
+        bytes_of = {name: child(__file__, "--arm", name, *words) for name in names}
         seconds, routes = apart(steps, arguments, dtype, names, place)
     rows: dict[str, Any] = {}
     for name in names:
         found = bytes_of[name]
         rows[name] = {
-            "time_to_full": _ratio(seconds[name], seconds["full"]),
-            "time_to_lora": _ratio(seconds[name], seconds["lora"]),
+            "time_to_full": ratio(seconds[name], seconds["full"]),
+            "time_to_lora": ratio(seconds[name], seconds["lora"]),
             "beyond_to_full": round(found["beyond"] / bytes_of["full"]["beyond"], 4),
             "median_seconds": round(statistics.median(seconds[name]), 4),
             "n_trained": found["n_trained"],
@@ -183,19 +170,17 @@ def _mask_facts(
 ) -> dict[str, Any]:
     n = n_examples(arguments)
     whole = [a + b for a, b in zip(seconds["score"], seconds["select"], strict=True)]
-    peaks = {k: child("--arm", k, *words, "--batch", str(n))["peak"] for k in ("plain", "score")}
+    peaks = {
+        k: child(__file__, "--arm", k, *words, "--batch", str(n))["peak"]
+        for k in ("plain", "score")
+    }
     return {
         "n_examples": n,
         "seconds": {name: round(statistics.median(times), 3) for name, times in seconds.items()},
-        "score": _ratio(seconds["score"], seconds["plain"]),
-        "score_and_select": _ratio(whole, seconds["plain"]),
+        "score": ratio(seconds["score"], seconds["plain"]),
+        "score_and_select": ratio(whole, seconds["plain"]),
         "peak_bytes": round(peaks["score"] / peaks["plain"], 3),
     }
-
-
-def _ratio(times: list[float], to: list[float]) -> float:
-    # Of neighbours, so that a busy machine slows both.
-    return round(statistics.median(a / b for a, b in zip(times, to, strict=True)), 3)
 
 
 def _print_row(title: str, row: dict[str, Any]) -> None:
