@@ -18,7 +18,6 @@ from selectune.models import (
 )
 from selectune.offsite.calibration import calibration_of
 from selectune.offsite.emulate import (
-    STATISTICS_BYTES,
     Emulated,
     compressor_of,
     emulate,
@@ -75,8 +74,7 @@ class Emulation:
             seed=self.recipe.seed,
         )  # fmt: skip
         asked = {task: len(examples) for task, examples in self._questions().items()}
-        fitting = max(1, STATISTICS_BYTES // max(1, ahead.statistics_bytes))
-        at_once = min(section.layers_at_once or fitting, len(ahead.layout.middle))
+        at_once = ahead.layers_at_once(section.layers_at_once)
         facts: dict[str, Any] = {
             "method": section.method,
             "adapters": list(ahead.layout.adapters),

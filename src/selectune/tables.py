@@ -15,9 +15,9 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [_row(line, widths) for line in (head, rule, *body)]
 
 
-def signed(value: float, low: float, high: float) -> str:
+def signed(value: float, low: float, high: float, digits: int = 3) -> str:
     """Return a difference with its interval, as every table writes it."""
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def _row(line: Sequence[str], widths: Sequence[int]) -> str:

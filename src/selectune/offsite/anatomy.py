@@ -56,8 +56,8 @@ class Matrix:
 
     @property
     def key(self) -> str:
-        """A name for this matrix alone, such as "attn.c_attn[0:768]"."""
-        return self.name if self.part is None else f"{self.name}[{self.part[0]}:{self.part[1]}]"
+        """A name for this matrix alone, such as "attn.c_attn[q]" where several are fused."""
+        return self.name if self.part is None else f"{self.name}[{self.role}]"
 
     @property
     def rows(self) -> slice:

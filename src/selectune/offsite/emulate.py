@@ -39,7 +39,6 @@ from selectune.recipe import AdapterSection, ModelSection
 from selectune.registry import entry_of, get
 
 PACKAGE, OWNER, WORK = "package", "owner", "work"
-STATISTICS_BYTES = 2 << 30  # of the layers whose statistics are held at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +183,7 @@ def emulate(
             compressor=made,
             shares=shares,
             text=text.blocks,
-            at_once=layers_at_once or max(1, STATISTICS_BYTES // max(1, ahead.statistics_bytes)),
+            at_once=ahead.layers_at_once(layers_at_once),
             seed=seed,
             work=work,
             progress=told,

@@ -17,6 +17,8 @@ from selectune.offsite.statistics import statistics_bytes
 
 Compressor = LayerCompressor | StackCompressor
 
+_STATISTICS_BYTES = 2 << 30  # of the layers whose statistics are held at once
+
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
@@ -43,6 +45,15 @@ class Outlook:
     n_emulated: int
     n_whole: int
     statistics_bytes: int
+
+    def layers_at_once(self, asked: int | None = None) -> int:
+        """Return how many middle layers have their statistics taken in one pass over the text.
+
+        Args:
+            asked: as the user wants it; None for as many as fit into 2 GiB.
+        """
+        fitting = max(1, _STATISTICS_BYTES // max(1, self.statistics_bytes))
+        return min(asked or fitting, len(self.layout.middle))
 
 
 def outlook(

@@ -45,7 +45,7 @@ def write_pages(
         The paths of the pages; that on all of them, where there are several, last.
 
     Raises:
-        ConfigError: there is no emulator.
+        ConfigError: there is no emulator, or the table names none of them.
         IncompatibleRunError: they are not of one model, or not judged on one probe.
     """
     homes = [

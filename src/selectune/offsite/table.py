@@ -17,7 +17,7 @@ from typing import Any
 
 from selectune.errors import DataError
 from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds, together
-from selectune.tables import aligned
+from selectune.tables import aligned, signed
 
 ByTask = Mapping[str, Evaluation]
 ALL_TASKS = "all"
@@ -233,9 +233,7 @@ def _cells(row: OffsiteRow, digits: int) -> list[str]:
     def interval(found: Interval | None) -> str:
         if found is None:
             return "-"
-        ends = (found.mean_difference, found.low, found.high)
-        mean, low, high = (f"{x:+.{digits}f}" for x in ends)
-        return f"{mean} [{low}, {high}]"
+        return signed(found.mean_difference, found.low, found.high, digits)
 
     values = (row.zs, row.ft, row.ft_adapter, row.emulator_zs, row.eft, row.pi)
     differences = (row.delta, row.gain, row.lost)

@@ -4,15 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from selectune.errors import ConfigError
 from selectune.evaluation import Interval
 from selectune.files import write_file
 from selectune.offsite.table import OffsiteRow, OffsiteTable
 from selectune.report import figures
-from selectune.report.blocks import isolated, panel, section, table
+from selectune.report.blocks import isolated, listed, panel, section, table
 from selectune.report.emulator_facts import EmulatorFacts
 from selectune.report.markup import Child, Markup, coordinate, join, shortened, tag
 from selectune.report.numbers import count, decimal, percent, tick, ticks
 from selectune.report.page import document
+from selectune.tables import signed
 
 NAME = "report.html"
 _HEIGHT = 300
@@ -84,6 +86,9 @@ def write_frontier(
 
     Returns:
         The path of the page.
+
+    Raises:
+        ConfigError: no row of the table is called as an emulator is.
     """
     path = folder / NAME
     write_file(path, render(emulators, won).encode())
@@ -141,6 +146,14 @@ def _won(
     is_loss = won.metric == "answer_loss"
     task = won.rows[0].task  # all of them, where there are several
     rows = [row for row in won.rows if row.task == task and row.method in numbers]
+    if not rows:
+        raise ConfigError(
+            "the table names no emulator of this folder",
+            where="won",
+            why=f"it has {listed(sorted({row.method for row in won.rows}))}, the folder "
+            f"{listed(list(numbers))}",
+            do="name the table's rows as the emulators' folders are called",
+        )
     points = [
         FrontierPoint(
             number=numbers[row.method],
@@ -174,9 +187,8 @@ def _outcome(number_of: int, row: OffsiteRow, digits: int) -> list[Child]:
         return "–" if value is None else f"{value:.{digits}f}"
 
     def interval(found: Interval) -> str:
-        ends = (found.mean_difference, found.low, found.high)
-        mean, low, high = (f"{x:+.{digits}f}".replace("-", "−") for x in ends)
-        return f"{mean} [{low}, {high}]"
+        told = signed(found.mean_difference, found.low, found.high, digits)
+        return told.replace("-", "−")
 
     values = (row.zs, row.ft, row.ft_adapter, row.emulator_zs, row.eft, row.pi)
     return [

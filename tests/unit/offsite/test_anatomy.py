@@ -33,7 +33,8 @@ def test_every_matrix_of_every_family_is_found(family: str) -> None:
 def test_a_fused_matrix_is_three_parts_one_after_another() -> None:
     block = blocks(tiny_model("gpt2"))[0]
     parts = [m for m in anatomy_of(block).matrices if m.name == "attn.c_attn"]
-    assert [m.key for m in parts] == [f"attn.c_attn[{a}:{a + 16}]" for a in (0, 16, 32)]
+    assert [m.key for m in parts] == [f"attn.c_attn[{role}]" for role in "qkv"]
+    assert [m.part for m in parts] == [(a, a + 16) for a in (0, 16, 32)]
     weight = weight_of(block.get_submodule("attn.c_attn"))
     assert torch.equal(torch.cat([weight[m.rows] for m in parts]), weight)
 

@@ -401,6 +401,14 @@ def test_what_tuning_won_stands_beside_what_was_given_away(metric: Metric, sever
     assert "nan" not in text
 
 
+def test_a_table_of_other_emulators_is_refused(several: Path) -> None:
+    cells = {("somebody", 0): Offsite(answers(0, 0.2), answers(0, 0.4), answers(0, 0.9))}
+    table = offsite_table(cells, answers(0, 0.3), n_boot=100)
+    with pytest.raises(ConfigError, match="names no emulator of this folder") as caught:
+        write_pages(several, OWNER, PACKAGE, table)
+    assert "it has somebody, the folder crash and gradot" in str(caught.value)
+
+
 def test_a_record_that_says_too_little_is_refused(several: Path) -> None:
     """As of a package that was saved by hand."""
     folder = several / "gradot" / OWNER
