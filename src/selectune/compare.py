@@ -10,6 +10,8 @@ made on the first seed and kept for all. Held-out examples are never read for it
 how they choose examples, in how they train (`tune`), or in both.
 
 With `matrix.transfer` every model is trained on one task's own examples and tested on all tasks.
+
+Each cell leaves its numbers and a recipe of its own as soon as it is done: see `selectune.cells`.
 """
 
 import hashlib
@@ -24,6 +26,7 @@ import numpy as np
 
 from selectune.answered import evaluate_arm, generate_arm, once, read_arm
 from selectune.arms import BASE, TunedArm, choose, control_selection, tune_arm
+from selectune.cells import cell_folder, replay, write_cell
 from selectune.comparison import RANDOM, Cell, ComparisonTable, make_rows
 from selectune.data import Example, content_key
 from selectune.errors import ConfigError, DataError
@@ -66,7 +69,8 @@ class _Grid:
         self._aside: dict[str, list[Example]] = {}
         first = self.ground(matrix.seeds[0])
         self.tasks = list(matrix.targets) or list(first.prepared.targets)
-        missing = [task for task in self.tasks if task not in first.prepared.heldout]
+        asked = dict.fromkeys([*self.tasks, *self._elsewhere])
+        missing = [task for task in asked if task not in first.prepared.heldout]
         if missing:
             raise ConfigError(
                 f'task "{missing[0]}" has no held-out examples',
@@ -144,7 +148,23 @@ class _Grid:
     @property
     def transfers(self) -> bool:
         """Whether models are tested on the tasks that they were not trained on."""
-        return self.matrix.transfer
+        return bool(self.matrix.transfer)
+
+    @property
+    def _elsewhere(self) -> Tasks:
+        """The tasks that every model is tested on, whatever it was trained on."""
+        transfer = self.matrix.transfer
+        if isinstance(transfer, bool):
+            return tuple(self.tasks) if transfer else ()
+        return tuple(transfer)
+
+    def tested(self, tasks: Tasks) -> Tasks:
+        """Return what a model that was trained for some tasks is asked about."""
+        # In the table's order where all are asked about, as every recipe of a cell has it.
+        found = {*tasks, *self._elsewhere}
+        return tuple(
+            task for task in self.ground(self.matrix.seeds[0]).prepared.targets if task in found
+        )
 
     def _quotas(self, tasks: Tasks) -> dict[str, tuple[float, float]]:
         """Return quotas that leave the tasks' own examples alone."""
@@ -222,16 +242,29 @@ class _Grid:
         selection, arm = self.train(method, tasks, seed, setting, label)
         ground = self.ground(seed)
         prepared, load = ground.prepared, once(ground, arm.path)
-        tested = self.tasks if self.transfers else tasks
+        tested = self.tested(tasks)
         questions = {task: prepared.heldout[task] for task in tested}
         answers = evaluate_arm(ground, label, arm.path, questions, load=load)
         self._keep(method, tasks, seed, answers, "likelihood")
+        facts: dict[str, Any] = {"likelihood": _told(answers)}
         if self.recipe.evaluate.generate:
             written = generate_arm(ground, label, arm.path, questions, load=load)
             self._keep(method, tasks, seed, written, "generated")
+            facts["generated"] = _told(written)
         if self.reads_text:
             read = read_arm(ground, label, arm.path, load=load)
             self.read.setdefault(method.name, {})[tasks[0], seed] = read
+            facts["text_nats_per_token"] = read.nats_per_token
+        rate, epochs = setting
+        seconds = arm.result.seconds / arm.result.n_steps
+        about = {"method": method.name, "tasks": tasks, "seed": seed, "learning_rate": rate,
+                 "epochs": epochs, "n_examples": arm.n_examples, "seconds_per_step": seconds,
+                 "selection": digest({"ids": selection.ids})}  # fmt: skip
+        folder = cell_folder(self.out, method.name, tasks, seed)
+        alone = replay(
+            self.recipe, folder, method, tasks=tasks, tested=tested, seed=seed, setting=setting
+        )
+        write_cell(folder, {**about, **facts}, alone)
         sources = [prepared.sources[i] for i in selection.ids]
         known = set(prepared.sources.values())
         found: dict[str, Cell] = {}
@@ -243,7 +276,7 @@ class _Grid:
                 sum(s in own for s in sources) / len(sources) if is_known else None,
                 arm.n_examples,
                 *setting,
-                seconds_per_step=arm.result.seconds / arm.result.n_steps,
+                seconds_per_step=seconds,
                 peak_bytes=arm.result.peak_bytes if self.is_measured else None,
             )
         return found
@@ -262,8 +295,8 @@ class _Grid:
 
     def transfer_table(self, bases: Mapping[str, Evaluation]) -> list[TransferRow]:
         """Return what training on one task did to the others; nothing unless asked for."""
-        if not self.transfers:
-            return []
+        if set(self._elsewhere) != set(self.tasks):
+            return []  # a round-robin is over the same tasks twice
         ground = self.ground(self.matrix.seeds[0])
         untouched: dict[Scoring, Mapping[str, Evaluation | Generation]] = {"likelihood": bases}
         if self.recipe.evaluate.generate:
@@ -354,6 +387,10 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
         made = digest({"rows": [row.to_json() for row in table.rows]})
         record.write("compare", made, cost={}, files=files, facts={"costs": costs})
         return table
+
+
+def _told(answers: Mapping[str, Evaluation | Generation]) -> dict[str, Any]:
+    return {task: found.to_json() for task, found in answers.items()}
 
 
 def _hashed(text: str) -> bytes:

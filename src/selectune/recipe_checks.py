@@ -125,12 +125,14 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 "remove select.quotas, or remove matrix.transfer",
             )
     tasks = recipe.data.target
-    for i, name in enumerate(recipe.matrix.targets if recipe.matrix else ()):
+    tested = matrix.transfer if matrix and not isinstance(matrix.transfer, bool) else []
+    named = [("targets", *pair) for pair in enumerate(matrix.targets if matrix else ())]
+    for key, i, name in [*named, *(("transfer", *pair) for pair in enumerate(tested))]:
         if isinstance(tasks, str) or name not in tasks:
             add(
-                ("matrix", "targets", i),
+                ("matrix", key, i),
                 f'"{name}" is no target of this recipe',
-                "matrix.targets takes names that data.target gives",
+                f"matrix.{key} takes names that data.target gives",
                 "write data.target as a mapping of names to files, or remove matrix.targets"
                 if isinstance(tasks, str)
                 else nearest(name, tasks),

@@ -396,8 +396,8 @@ class MatrixSection(Section):
     tune: TuneGrid | None = Field(
         default=None, description="learning rates and epochs to choose from"
     )
-    transfer: bool = Field(
+    transfer: bool | Names = Field(
         default=False,
         description="train on each target task's own examples in the pool and test on all tasks: "
-        "how much helps elsewhere, and how much is forgotten",
+        "how much helps elsewhere, and how much is forgotten; names: test on these beside its own",
     )

@@ -170,3 +170,32 @@ def test_impossible_grids_are_refused(
     recipe = load_recipe(folder / "recipe.yaml", [override, f"output={tmp_path / 'x'}"])
     with pytest.raises(ConfigError, match=words):
         compare(recipe, out=tmp_path / "x", progress=Silent())
+
+
+def test_every_cell_leaves_its_numbers_and_the_recipe_that_makes_it_anew(folder: Path) -> None:
+    cells = sorted(path.name for path in (folder / "run/cells").iterdir())
+    methods, tasks = ("random", "gist", "short", "full"), ("colours", "other")
+    assert cells == sorted(f"{m}-{t}-seed-{s}" for m in methods for t in tasks for s in (0, 1))
+    rows = {(r["task"], r["method"]): r for r in table(folder)}
+    found = json.loads((folder / "run/cells/gist-other-seed-1/cell.json").read_text())
+    row = rows["other", "gist"]
+    assert found["likelihood"]["other"]["answer_loss"] == row["per_seed"][1]  # type: ignore[index]
+    assert found["learning_rate"] == row["learning_rate"]
+
+
+@pytest.mark.parametrize("name", ["gist-other-seed-1", "full-colours-seed-0"])
+def test_a_cell_is_replayed_alone(folder: Path, tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(
+        folder / f"run/cells/{name}/config.yaml", [f"output={tmp_path / 'replay'}"]
+    )
+    compare(recipe, out=tmp_path / "replay", progress=Silent())
+    first = json.loads((folder / f"run/cells/{name}/cell.json").read_text())
+    again = json.loads((tmp_path / f"replay/cells/{name}/cell.json").read_text())
+    for one in (first, again):
+        del one["seconds_per_step"]
+    assert again == first
+
+
+def test_a_replay_goes_beside_its_cell_unless_told_otherwise(folder: Path) -> None:
+    home = folder / "run/cells/gist-other-seed-1"
+    assert load_recipe(home / "config.yaml").output == str(home / "replay")

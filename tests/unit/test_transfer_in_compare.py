@@ -166,3 +166,27 @@ def test_a_pool_without_the_tasks_examples_is_refused(tmp_path: Path) -> None:
     target.write_text(target.read_text().replace('"sums"', '"elsewhere"'))
     with pytest.raises(DataError, match="no examples of sums"):
         grid(path)
+
+
+def test_a_cell_of_transfer_is_replayed_alone(folder: Path, tmp_path: Path) -> None:
+    home = folder / "run/cells/gallop-sums-seed-1"
+    recipe = load_recipe(home / "config.yaml", [f"output={tmp_path / 'replay'}"])
+    compare(recipe, out=tmp_path / "replay", progress=Silent())
+    first = json.loads((home / "cell.json").read_text())
+    again = json.loads((tmp_path / f"replay/cells/{home.name}/cell.json").read_text())
+    assert list(first["generated"]) == ["colours", "sums"]
+    assert first["text_nats_per_token"] > 0
+    for one in (first, again):
+        del one["seconds_per_step"]
+    assert again == first
+
+
+def test_models_may_be_tested_on_named_tasks_alone(tmp_path: Path) -> None:
+    path = two_tasks(tmp_path)
+    found = grid(path, "matrix.targets=[sums]", "matrix.transfer=[colours]", "matrix.seeds=[0]")
+    assert {row.task for row in found.rows} == {"sums"}
+    assert not found.transfers  # a round-robin trains on every task that it tests on
+    cell = json.loads((tmp_path / "run/cells/gallop-sums-seed-0/cell.json").read_text())
+    assert list(cell["likelihood"]) == ["colours", "sums"]
+    with pytest.raises(ConfigError, match='"tea" is no target'):
+        load_recipe(path, ["matrix.transfer=[colours, tea]"])
