@@ -35,6 +35,7 @@ from selectune.evaluation.generic_text import GenericLoss
 from selectune.evaluation.transfer import Scoring
 from selectune.files import lock, sweep, write_file
 from selectune.foresee import refuse_unworkable
+from selectune.grid_story import write_page
 from selectune.ground import Ground, digest
 from selectune.models import choose_device
 from selectune.package_recipe import fitted
@@ -42,12 +43,15 @@ from selectune.progress import Progress
 from selectune.recipe import MatrixMethod, MatrixSection, Recipe, TuneSection
 from selectune.recipe_methods import FULL
 from selectune.record import Record
+from selectune.registry import get
 from selectune.scoring import score_pool
 from selectune.selection import Selection
 from selectune.text_table import TextRow, text_rows
 from selectune.transfer_table import TransferRow, transfer_rows
 
 Tasks = tuple[str, ...]
+# What the evidence of a scorer costs, by the steps that gather it.
+_STEPS = {"losses": ("losses",), "gradients": ("warmup", "gradients")}
 
 
 class _Grid:
@@ -277,9 +281,18 @@ class _Grid:
                 arm.n_examples,
                 *setting,
                 seconds_per_step=seconds,
+                seconds=arm.result.seconds + self._seconds_before(ground, method, label),
                 peak_bytes=arm.result.peak_bytes if self.is_measured else None,
             )
         return found
+
+    def _seconds_before(self, ground: Ground, method: MatrixMethod, label: str) -> float:
+        """Return what a method's evidence cost, as if no other had shared it."""
+        needs = get("data_scorer", method.method).needs if method.method != FULL else ()
+        steps = [step for need in needs for step in _STEPS.get(need, ())]
+        first = (f"weights {label}", *steps)
+        found = (ground.costs[step]["seconds"] for step in first if step in ground.costs)
+        return float(sum(found))
 
     def _keep(
         self,
@@ -382,8 +395,9 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
         )
         write_file(out / "table.json", json.dumps(table.to_json(), indent=1).encode())
         write_file(out / "table.csv", table.to_csv().encode())
-        write_file(out / "table.md", ("\n".join(table.lines()[:-2]) + "\n").encode())
-        files = ["table.json", "table.csv", "table.md"]
+        write_file(out / "table.md", ("\n".join(table.lines()[:-3]) + "\n").encode())
+        page = write_page(table, matrix.seeds)
+        files = ["table.json", "table.csv", "table.md", page.name]
         made = digest({"rows": [row.to_json() for row in table.rows]})
         record.write("compare", made, cost={}, files=files, facts={"costs": costs})
         return table

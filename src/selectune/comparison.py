@@ -33,6 +33,7 @@ _COLUMNS = (
     "seconds_per_step",
     "time_ratio",
     "peak_ratio",
+    "seconds",
 )
 
 
@@ -47,6 +48,7 @@ class Cell:
         learning_rate: as used.
         epochs: as used.
         seconds_per_step: training time by optimizer steps.
+        seconds: of all that this one model needed: evidence, choice and training.
         peak_bytes: on an accelerator; None on a CPU, where only the whole process is measured.
     """
 
@@ -56,6 +58,7 @@ class Cell:
     learning_rate: float
     epochs: int
     seconds_per_step: float
+    seconds: float
     peak_bytes: int | None
 
 
@@ -84,6 +87,8 @@ class Row:
         seconds_per_step: of training, mean over seeds; None for the base.
         time_ratio: the same by that of random.
         peak_ratio: memory in training by that of random; None on a CPU.
+        seconds: of all that one model needed, as if nothing were shared, mean over seeds and tasks;
+            None for the base.
     """
 
     task: str
@@ -102,6 +107,7 @@ class Row:
     seconds_per_step: float | None = None
     time_ratio: float | None = None
     peak_ratio: float | None = None
+    seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -169,7 +175,8 @@ class ComparisonTable:
             lines += ["", *transfer_lines(self.transfers)]
         if self.texts:
             lines += ["", *text_lines(self.texts)]
-        return [*lines, "", f"table: {self.out / 'table.md'}, {self.out / 'table.json'}"]
+        files = ", ".join(str(self.out / name) for name in ("table.md", "table.json"))
+        return [*lines, "", f"table: {files}", f"report: {self.out / 'report.html'}"]
 
     def to_csv(self) -> str:
         """Return it as CSV, an interval as three columns."""
@@ -254,6 +261,7 @@ def _with_facts(row: Row, cells: Cells, tasks: Sequence[str], seeds: Sequence[in
         seconds_per_step=seconds,
         time_ratio=seconds / usual_seconds,
         peak_ratio=max(peaks) / max(usual) if peaks and usual else None,
+        seconds=float(np.mean([c.seconds for c in mine])),
     )
 
 

@@ -172,6 +172,17 @@ def test_impossible_grids_are_refused(
         compare(recipe, out=tmp_path / "x", progress=Silent())
 
 
+def test_the_page_shows_every_method_and_what_a_model_cost(folder: Path) -> None:
+    page = (folder / "run/report.html").read_text()
+    for words in ("Against random", "gist", "short", "What each reached", "Quality and price"):
+        assert words in page
+    rows = {r["method"]: r for r in table(folder) if r["task"] == "mean"}
+    seconds = {name: float(str(row["seconds"])) for name, row in rows.items() if name != "base"}
+    # Only gist needs a warm-up and a gradient pass, and both trainings are as long.
+    assert seconds["gist"] > seconds["random"] > 0
+    assert rows["base"]["seconds"] is None
+
+
 def test_every_cell_leaves_its_numbers_and_the_recipe_that_makes_it_anew(folder: Path) -> None:
     cells = sorted(path.name for path in (folder / "run/cells").iterdir())
     methods, tasks = ("random", "gist", "short", "full"), ("colours", "other")

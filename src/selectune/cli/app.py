@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 130 interrupted.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ import typer
 from selectune.cli import grid, offsite, steps, tools, weights
 from selectune.errors import ConfigError, SelectuneError, nearest
 
+# peft imports bitsandbytes where it is installed, which then tells of a kernel to download.
+_TALKATIVE = "bitsandbytes.backends.cpu.ops"
 # Set before any of these libraries is imported; what the user set stays.
 # trl asks huggingface_hub before it pings home, so one switch serves both.
 _QUIET_ENVIRONMENT = {
@@ -101,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _settle_environment() -> None:
     for name, value in _QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger(_TALKATIVE).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")

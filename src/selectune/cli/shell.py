@@ -1,7 +1,6 @@
 """What all verbs share: common options, how results leave, how a person is kept posted."""
 
 import json
-import logging
 import math
 import os
 import sys
@@ -39,10 +38,6 @@ AllowOption = Annotated[
         show_default=False,
     ),
 ]
-
-
-# peft imports bitsandbytes where it is installed, which then tells of a kernel to download.
-_TALKATIVE = "bitsandbytes.backends.cpu.ops"
 
 
 @runtime_checkable
@@ -111,7 +106,6 @@ def perform(action: Callable[[Progress], Result], *, as_json: bool, is_quiet: bo
         as_json: print one JSON object instead of lines for a person.
         is_quiet: show no progress even on a terminal.
     """
-    logging.getLogger(_TALKATIVE).setLevel(logging.ERROR)
     try:
         with _stdout_for_results() as stdout:
             with _progress(is_quiet) as progress:

@@ -1,77 +1,21 @@
 """Several emulators of one model: what each gives away against how well it trains."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from selectune.errors import ConfigError
 from selectune.evaluation import Interval
 from selectune.files import write_file
 from selectune.offsite.table import OffsiteRow, OffsiteTable
-from selectune.report import figures
-from selectune.report.blocks import isolated, listed, panel, section, table
+from selectune.report.blocks import isolated, listed, section, table
 from selectune.report.emulator_facts import EmulatorFacts
-from selectune.report.markup import Child, Markup, coordinate, join, shortened, tag
-from selectune.report.numbers import count, decimal, percent, tick, ticks
+from selectune.report.markup import Child, Markup, join, shortened, tag
+from selectune.report.numbers import count, decimal, percent
 from selectune.report.page import document
+from selectune.report.scatter import Across, Point, scatter
 from selectune.tables import signed
 
 NAME = "report.html"
-_HEIGHT = 300
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FrontierPoint:
-    """One emulator.
-
-    Args:
-        number: by which the page knows it.
-        label: what it is called.
-        loss: its own, in nats per token; the higher, the less it gives away.
-        utility: what it is good for; the higher, the better.
-    """
-
-    number: int
-    label: str
-    loss: float
-    utility: float
-
-
-def frontier(points: Sequence[FrontierPoint], model_loss: float, utility: str) -> Markup:
-    """Return a scatter of emulators; those that no other beats in both are coloured.
-
-    Args:
-        points: to be drawn.
-        model_loss: of the model by itself, in nats per token on the same probe.
-        utility: what `FrontierPoint.utility` is.
-    """
-    best = {place for place, one in enumerate(points) if not any(_beats(o, one) for o in points)}
-    xs = figures.Scale.around([model_loss, *(point.loss for point in points)])
-    ys = figures.Scale.around([point.utility for point in points], pad=0.1)
-    levels, step = ticks(ys.low, ys.high)
-    heights = {value: _HEIGHT * (1 - ys(value) / 100) for value in levels}
-    names = ", ".join(points[place].label for place in sorted(best))
-    marks = [
-        _mark(place, point, (xs(point.loss), _HEIGHT * (1 - ys(point.utility) / 100)), best)
-        for place, point in enumerate(points)
-    ]
-    drawn = figures.figure(
-        f"{utility} by the emulator's own loss; not beaten in both: {names}",
-        _HEIGHT,
-        *(figures.line(0, y, 100, y, "grid") for y in heights.values()),
-        *(
-            figures.text(0, y - 4, tick(value, step), class_="tick halo")
-            for value, y in heights.items()
-            if y > 14
-        ),
-        figures.line(xs(model_loss), 0, xs(model_loss), _HEIGHT, "cutoff"),
-        figures.text(xs(model_loss), -6, "the model", class_="tick"),
-        figures.line(0, _HEIGHT, 100, _HEIGHT, "rail"),
-        *marks,
-        class_="fig airy",
-    )
-    sense = "loss of the emulator by itself, nats per token; gives less away →"
-    return panel(utility, drawn, figures.axis(xs, high=sense))
 
 
 def write_frontier(
@@ -100,11 +44,11 @@ def render(emulators: Mapping[str, EmulatorFacts], won: OffsiteTable | None = No
     numbers = {name: place + 1 for place, name in enumerate(emulators)}
     losses = {name: facts.quality["losses_nats"]["emulator"] for name, facts in emulators.items()}
     points = [
-        FrontierPoint(
+        Point(
             number=numbers[name],
             label=name,
-            loss=losses[name],
-            utility=facts.quality["gradients"]["cosine"],
+            x=losses[name],
+            y=facts.quality["gradients"]["cosine"],
         )
         for name, facts in emulators.items()
     ]
@@ -122,7 +66,7 @@ def render(emulators: Mapping[str, EmulatorFacts], won: OffsiteTable | None = No
             "To the right an emulator is worse by itself, so that less is given away; further up, "
             "the gradients of the layers that train are more like the model's. Coloured: no other "
             "emulator is as good in both and better in one.",
-            frontier(points, first.quality["losses_nats"]["original"], "Cosine of the gradients"),
+            scatter(points, "Cosine of the gradients", _by_loss(first)),
             table(
                 ["Emulator", "Compressor", "Of the middle", "Loss by itself", "Cosine",
                  "Relative error"],
@@ -132,15 +76,23 @@ def render(emulators: Mapping[str, EmulatorFacts], won: OffsiteTable | None = No
         ),
         None
         if won is None
-        else _won(won, numbers, losses, first.quality["losses_nats"]["original"]),
+        else _won(won, numbers, losses, _by_loss(first)),
     )  # fmt: skip
+
+
+def _by_loss(facts: EmulatorFacts) -> Across:
+    return Across(
+        "its own loss",
+        "loss of the emulator by itself, nats per token; gives less away →",
+        mark=(facts.quality["losses_nats"]["original"], "the model"),
+    )
 
 
 def _won(
     won: OffsiteTable,
     numbers: Mapping[str, int],
     losses: Mapping[str, float],
-    model_loss: float,
+    across: Across,
 ) -> Markup:
     """Return what tuning on the emulators won for the model, over all tasks together."""
     is_loss = won.metric == "answer_loss"
@@ -155,11 +107,11 @@ def _won(
             do="name the table's rows as the emulators' folders are called",
         )
     points = [
-        FrontierPoint(
+        Point(
             number=numbers[row.method],
             label=row.method,
-            loss=losses[row.method],
-            utility=-row.gain.mean_difference if is_loss else row.gain.mean_difference,
+            x=losses[row.method],
+            y=-row.gain.mean_difference if is_loss else row.gain.mean_difference,
         )
         for row in rows
     ]
@@ -172,7 +124,7 @@ def _won(
         f"Answers to held-out questions, {seeds}; brackets hold 95 % intervals over questions and "
         "seeds. A bad emulator buys Δ cheaply: read it beside ZS and what tuning in the open "
         "reaches.",
-        frontier(points, model_loss, utility),
+        scatter(points, utility, across),
         table(
             ["Emulator", join(["ZS", tag("span", unit, class_="unit")]), "FT", "FT of the adapter",
              "Emulator ZS", "EFT", "PI", "Δ = PI − EFT", "PI − ZS"],
@@ -214,20 +166,3 @@ def _row(number: int, name: str, facts: EmulatorFacts) -> list[Child]:
         f"{quality['gradients']['cosine']:.3f}".replace("-", "−"),
         f"{quality['gradients']['relative_error']:.3f}",
     ]
-
-
-def _beats(one: FrontierPoint, other: FrontierPoint) -> bool:
-    a, b = (one.loss, one.utility), (other.loss, other.utility)
-    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
-
-
-def _mark(place: int, point: FrontierPoint, at: tuple[float, float], best: set[int]) -> Markup:
-    x, y = at
-    words = f"{point.label}: loss {decimal(point.loss)}, {decimal(point.utility)}"
-    return tag(
-        "g",
-        tag("title", words),
-        tag("circle", cx=f"{coordinate(x)}%", cy=y, r=6,
-            class_=f"dot {'selected' if place in best else 'base'}"),
-        figures.text(x, y - 11, f"{point.number}", anchor="middle", class_="halo"),
-    )  # fmt: skip

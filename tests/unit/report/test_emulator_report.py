@@ -28,10 +28,10 @@ from selectune.offsite.page import write_page, write_pages
 from selectune.offsite.table import Offsite, offsite_table
 from selectune.report.emulator import render
 from selectune.report.emulator_facts import CHANNELS, Cut, EmulatorFacts
-from selectune.report.emulator_frontier import FrontierPoint, frontier
 from selectune.report.emulator_map import layers_in_words
 from selectune.report.emulator_scores import scores
 from selectune.report.maps import Ramp
+from selectune.report.scatter import Across, Point, scatter
 from unit.offsite.test_table import answers
 from unit.report.browser import Browser, find_chromium
 from unit.report.samples import SCRIPT
@@ -342,10 +342,10 @@ def test_layers_are_named_as_people_name_them(layers: list[int], words: str) -> 
 @given(st.lists(st.tuples(st.floats(0, 9), st.floats(-1, 1)), min_size=1, max_size=8))
 def test_the_coloured_emulators_are_those_that_none_beats(pairs: list[tuple[float, float]]) -> None:
     points = [
-        FrontierPoint(number=k, label=f"e{k}", loss=x, utility=y)
+        Point(number=k, label=f"e{k}", x=x, y=y)
         for k, (x, y) in enumerate(pairs)
     ]  # fmt: skip
-    drawn = frontier(points, 3.0, "Cosine")
+    drawn = scatter(points, "Cosine", Across("its own loss", "→", mark=(3.0, "the model")))
     is_best = [
         not any(a >= x and b >= y and (a, b) != (x, y) for a, b in pairs) for x, y in pairs
     ]  # fmt: skip
