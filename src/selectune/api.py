@@ -5,7 +5,8 @@ A recipe does the same with warm-up, resume, controls and a report: see `selectu
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +14,17 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from selectune.adapters import add_adapter
+from selectune.adapters import add_adapter, load_adapter
 from selectune.data import Spec, Tokenized, read_examples, tokenize
 from selectune.errors import ConfigError, SelectionError
+from selectune.gradients.adam import Moments, adam_steps
 from selectune.gradients.engine import GradientEngine, dropout_off, pool_losses
+from selectune.gradients.facts import CheckpointFacts, GradientFacts
+from selectune.gradients.projection import Projection
+from selectune.gradients.states import state_similarity
 from selectune.gradients.store import GradientStore, Target
-from selectune.methods.evidence import Evidence
+from selectune.gradients.view import View
+from selectune.methods.evidence import Evidence, ReadsCheckpoints
 from selectune.methods.rules import Budget
 from selectune.methods.rules import select as fill
 from selectune.models import choose_precision, load_base
@@ -26,6 +32,13 @@ from selectune.progress import Silent
 from selectune.recipe import AdapterSection, ModelSection
 from selectune.registry import get
 from selectune.selection import Scores, Selection
+from selectune.training.trainer_folder import (
+    checkpoint_folders,
+    put_weights,
+    read_moments,
+    trainer_checkpoints,
+)
+from selectune.training.trainers import snapshot, trainable
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +54,7 @@ def score(
     token_budget: int = 1024,
     precision: str | None = None,
     seed: int = 0,
+    checkpoints: str | Path | None = None,
     **options: Any,  # noqa: ANN401
 ) -> Scores:
     """Score every pool example; higher is better.
@@ -48,7 +62,8 @@ def score(
     Args:
         method: a data scorer, such as "gist"; `selectune methods` lists them.
         model: a causal LM whose trainable parameters are what gradients are taken of (a peft model
-            as it stands), or a path or Hub name, which gets a fresh LoRA r 8.
+            as it stands), or a path or Hub name, which gets a fresh LoRA r 8,
+            or the adapter in `checkpoints`.
         pool: path, Hub name, datasets.Dataset or list of rows.
         target: the few examples that stand for the task; for scorers that need them.
         tokenizer: of the model; None loads it from where the model came from.
@@ -56,28 +71,41 @@ def score(
         token_budget: padded tokens in one batch.
         precision: "float32" or "bfloat16"; None takes the type of the model's weights.
         seed: for scorers that draw.
+        checkpoints: the output_dir of the transformers.Trainer that trained `model`, or one
+            `checkpoint-N` of it, for "less" and "tracin": weights, optimizer state and learning
+            rates are read from there. None takes the model as it stands for the only checkpoint.
         options: of the method, such as `rank=9`.
 
     Raises:
-        ConfigError: an unknown method or option, or a target is needed and missing.
+        ConfigError: an unknown method or option, a target is needed and missing, or Adam's state
+            is needed and not there.
+        IncompatibleRunError: `checkpoints` are of another model.
         DataError: the data cannot be used.
         CoverageError: a trainable parameter would get no gradient per example.
     """
     entry = get("data_scorer", method)
     parsed = entry.parse(options)
-    if "gradients" in entry.needs and target is None:
+    needs_target = not entry.needs.isdisjoint({"gradients", "checkpoints", "hidden_states"})
+    if needs_target and target is None:
         raise ConfigError(
             f"{method} needs target examples",
             where="target",
             why="it compares every pool example with the examples of your task",
             do="give target=, a few rows of the task, or use a scorer such as perplexity",
         )
-    loaded, tokenizer, precision = _loaded(model, tokenizer, precision, seed)
+    if checkpoints is not None and "checkpoints" not in entry.needs:
+        raise ConfigError(
+            "the checkpoints would not be used",
+            where="checkpoints",
+            why=f"{method} looks at the model as it stands",
+            do="remove checkpoints=, or use less or tracin",
+        )
+    loaded, tokenizer, precision = _loaded(model, tokenizer, precision, seed, checkpoints)
     pad_id = cast("int | None", tokenizer.pad_token_id) or 0
     tokens = tokenize(read_examples(pool), tokenizer, max_length=max_length)
     _tell_cut(tokens, "pool", max_length)
     ids = tuple(t.id for t in tokens)
-    if "gradients" not in entry.needs:
+    if not needs_target:
         losses = None
         if "losses" in entry.needs:
             losses = pool_losses(
@@ -88,18 +116,71 @@ def score(
     aims = tokenize(examples, tokenizer, max_length=max_length)
     _tell_cut(aims, "target", max_length)
     groups = {e.id: e.group for e in examples}
-    with tempfile.TemporaryDirectory(prefix="selectune-") as folder, dropout_off(loaded):
-        stored = GradientStore(Path(folder) / "store", {}).compute(
-            GradientEngine(loaded, precision=precision),
+    evidence = Evidence(ids, tokens.n_targets, seed)
+    if "hidden_states" in entry.needs:
+        states = state_similarity(
+            loaded,
             tokens,
-            [Target(t, "target", groups[t.id]) for t in aims],
+            list(aims),
+            groups=[groups[t.id] for t in aims],
             pad_id=pad_id,
+            precision=precision,
             token_budget=token_budget,
-            shard_examples=len(tokens),
-            progress=Silent(),
         )
-    evidence = Evidence(ids, tokens.n_targets, seed, None, stored.facts)
-    return entry.function(evidence, parsed)
+        return entry.function(replace(evidence, states=states), parsed)
+
+    def gradients(view: View, moments: Mapping[str, Moments] | None = None) -> GradientFacts:
+        with tempfile.TemporaryDirectory(prefix="selectune-") as folder, dropout_off(loaded):
+            stored = GradientStore(Path(folder) / "store", {}).compute(
+                GradientEngine(loaded, precision=precision),
+                tokens,
+                [Target(t, "target", groups[t.id]) for t in aims],
+                pad_id=pad_id,
+                token_budget=token_budget,
+                shard_examples=len(tokens),
+                progress=Silent(),
+                adam=adam_steps(view, moments),
+                projection=Projection.of(view.projection, seed),
+            )
+        return stored.facts
+
+    if "gradients" in entry.needs:
+        return entry.function(replace(evidence, gradients=gradients(View())), parsed)
+    passes = _at_checkpoints(loaded, parsed, checkpoints, gradients)
+    return entry.function(replace(evidence, checkpoints=passes), parsed)
+
+
+def _at_checkpoints(
+    model: nn.Module,
+    reading: ReadsCheckpoints,
+    checkpoints: str | Path | None,
+    gradients: Callable[[View, Mapping[str, Moments] | None], GradientFacts],
+) -> tuple[CheckpointFacts, ...]:
+    """Return a gradient pass at each checkpoint of a Trainer; the model is put back as it was."""
+    view = reading.view
+    if checkpoints is None:
+        if view.adam != "none":
+            raise ConfigError(
+                "the moments of Adam are needed, and there are none",
+                where="checkpoints",
+                why="pool gradients are compared as the steps that Adam would take",
+                do="give checkpoints=, the output_dir of the Trainer that trained this model, or "
+                'use adam="none"; a recipe does the warm-up by itself',
+            )
+        return (CheckpointFacts(gradients(view, None), 1.0),)
+    found = trainer_checkpoints(checkpoints, reading.epochs)
+    before = snapshot(model)
+    passes: list[CheckpointFacts] = []
+    try:
+        for checkpoint in found:
+            put_weights(model, checkpoint.path)
+            moments = None if view.adam == "none" else read_moments(model, checkpoint.path)
+            passes.append(CheckpointFacts(gradients(view, moments), checkpoint.learning_rate))
+    finally:
+        with torch.no_grad():
+            for name, p in trainable(model).items():
+                p.copy_(before[name])
+    return tuple(passes)
 
 
 def select(
@@ -155,12 +236,16 @@ def _loaded(
     tokenizer: PreTrainedTokenizerBase | None,
     precision: str | None,
     seed: int,
+    checkpoints: str | Path | None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, str]:
     if not isinstance(model, nn.Module):
         asked = ModelSection(base=str(model), dtype=cast("Any", precision or "auto"))
         base = load_base(asked, adapter=AdapterSection())
-        section = AdapterSection(modules="all-linear")
-        adapted = add_adapter(base.model, section, seed=seed)
+        if checkpoints is not None:
+            adapted = load_adapter(base, checkpoint_folders(checkpoints)[0])
+        else:
+            section = AdapterSection(modules="all-linear")
+            adapted = add_adapter(base.model, section, seed=seed)
         return adapted, tokenizer or base.tokenizer, base.precision
     held = next(p for p in model.parameters() if p.is_floating_point()).dtype
     if tokenizer is None:

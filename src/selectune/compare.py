@@ -48,6 +48,7 @@ from selectune.scoring import score_pool
 from selectune.selection import Selection
 from selectune.text_table import TextRow, text_rows
 from selectune.transfer_table import TransferRow, transfer_rows
+from selectune.warmup import checkpoint_epochs
 
 Tasks = tuple[str, ...]
 # What the evidence of a scorer costs, by the steps that gather it.
@@ -89,7 +90,7 @@ class _Grid:
             recipe = self.recipe.changed({"seed": seed, "matrix": None})
             ground = Ground(
                 recipe, self.out, shared=self.out / "shared", tasks=None,
-                progress=self.progress,
+                progress=self.progress, checkpoint_epochs=checkpoint_epochs(self.recipe),
             )  # fmt: skip
             if self._grounds:
                 ground.borrow(next(iter(self._grounds.values())))

@@ -16,6 +16,7 @@ from selectune.digests import digest as digest
 from selectune.errors import CorruptFileError, IncompatibleRunError
 from selectune.files import is_complete, open_dir, write_file
 from selectune.gradients.store import StoredPool
+from selectune.gradients.view import View
 from selectune.measure import Measured
 from selectune.models import (
     Base,
@@ -42,6 +43,8 @@ class Ground:
             everything in `out` under plain names.
         tasks: the target tasks this run is about; None for all of the recipe's.
         progress: told of every long step.
+        checkpoint_epochs: epochs of the warm-up that end in a checkpoint, for scorers that read
+            them; None to look which ones the recipe names.
     """
 
     def __init__(
@@ -52,14 +55,17 @@ class Ground:
         shared: Path | None,
         tasks: Sequence[str] | None,
         progress: Progress,
+        checkpoint_epochs: int | None = None,
     ) -> None:
         self.recipe, self.out, self.shared = recipe, out, shared
+        self.checkpoint_epochs = checkpoint_epochs
         self.progress = progress
         self._tasks = tasks
         self.costs: dict[str, dict[str, Any]] = {}
         self._base_fingerprint: str | None = None
         self.expected_base: str | None = None
-        self.stored: StoredPool | None = None
+        # By checkpoint, 0 for the one that `warmup.epochs` or `model.adapter` names.
+        self.stored: dict[tuple[int, View], StoredPool] = {}
 
     @cached_property
     def assets(self) -> Assets:

@@ -6,6 +6,7 @@ multiplications that each step needs. LIMITATIONS.md states how far both were of
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,17 @@ from selectune import foresee
 from selectune.data import preview
 from selectune.equip import adapter_of, scorer_of
 from selectune.foresee import Outline, outline, refuse_unworkable
+from selectune.gradients.products import WAITING_BYTES
+from selectune.gradients.view import View
 from selectune.ground import Ground
+from selectune.methods.evidence import ReadsCheckpoints
 from selectune.methods.rules import Budget
 from selectune.models import blocks, choose_device, choose_precision, load_config
 from selectune.outcome import Outcome
+from selectune.recipe import Recipe
 from selectune.recipe_methods import FULL, PLAIN
-from selectune.registry import get
+from selectune.registry import Need, get
+from selectune.warmup import epochs_run, n_checkpoints
 
 _LIBRARIES_BYTES = 650 << 20  # resident after importing torch, transformers, peft and datasets
 _SAVED_PER_HIDDEN = 16  # activations kept for backward, per token and block, in hidden sizes
@@ -47,8 +53,9 @@ def make_plan(ground: Ground) -> Outcome:
     pool = ground.tokens.pool
     budget = Budget.of(recipe.select.budget, len(pool), int(pool.lengths.sum()))
     n_chosen = budget.examples or round((budget.tokens or 0) / max(1.0, float(pool.lengths.mean())))
-    memory = _memory(ground, found, config, precision)
-    seconds = _seconds(ground, config, device, precision, found, n_chosen)
+    asked = _asked(recipe)
+    memory = _memory(ground, found, config, precision) | _view_bytes(ground, asked, n_scored)
+    seconds = _seconds(ground, config, device, precision, found, n_chosen, asked, n_scored)
     facts = {
         "device": str(device),
         "precision": precision,
@@ -66,10 +73,68 @@ def make_plan(ground: Ground) -> Outcome:
         "trainable": {"parameters": n_trained, "tensors": len(trained), "of": n_base},
         "method": foresee.facts(recipe.tune),
         "memory_bytes": memory,
-        "disk_bytes": _disk(ground, n_scored, n_trained),
+        "disk_bytes": _disk(ground, n_scored, n_trained, asked),
+        "pool_passes": _passes(ground, asked),
         "seconds": seconds,
     }
     return Outcome(facts, _lines(ground, facts, trained, foresee.told(ground, found.model)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the scorer of a recipe asks for.
+
+    Attributes:
+        needs: what it reads.
+        n_passes: gradient passes over the pool.
+        view: how pool gradients are looked at.
+    """
+
+    needs: frozenset[Need]
+    n_passes: int
+    view: View
+
+    @property
+    def is_of_gradients(self) -> bool:
+        return self.n_passes > 0
+
+    @property
+    def passes(self) -> str:
+        return f"gradients at {self.n_passes} checkpoints" if self.n_passes > 1 else "gradients"
+
+
+def _asked(recipe: Recipe) -> _Asked:
+    entry = get("data_scorer", recipe.score.method)
+    if "checkpoints" not in entry.needs:
+        return _Asked(entry.needs, int("gradients" in entry.needs), View())
+    reading: ReadsCheckpoints = entry.parse(dict(recipe.score.options))
+    return _Asked(entry.needs, n_checkpoints(recipe, reading), reading.view)
+
+
+def _passes(ground: Ground, asked: _Asked) -> dict[str, float]:
+    """Return how often the pool is passed over before anything is chosen, by cause."""
+    recipe = ground.recipe
+    found: dict[str, float] = {}
+    if asked.is_of_gradients and recipe.model.adapter is None:
+        found["warm-up"] = recipe.warmup.fraction * epochs_run(ground)
+    if asked.is_of_gradients:
+        found[asked.passes] = float(asked.n_passes)
+    if "losses" in asked.needs:
+        found["base losses"] = 1.0
+    if "hidden_states" in asked.needs:
+        found["hidden states"] = 1.0
+    return found
+
+
+def _view_bytes(ground: Ground, asked: _Asked, n_scored: int) -> dict[str, int]:
+    """Return what the gradient passes of a scorer hold beside a plain one."""
+    found: dict[str, int] = {}
+    if asked.view.adam != "none":
+        found["moments of Adam"] = 8 * n_scored
+    if asked.view.projection != "none":
+        all_of_them = 4 * n_scored * len(ground.tokens.pool)
+        found["gradients that wait for their projection"] = min(WAITING_BYTES, all_of_them)
+    return found
 
 
 def _memory(
@@ -117,15 +182,20 @@ def _trains_all(ground: Ground) -> bool:
     return adapter is not None and adapter.kind == "full"
 
 
-def _disk(ground: Ground, n_scored: int, n_trained: int) -> dict[str, int]:
+def _disk(ground: Ground, n_scored: int, n_trained: int, asked: _Asked) -> dict[str, int]:
     recipe = ground.recipe
     n_targets = sum(len(t) for t in ground.tokens.targets.values())
-    needs = get("data_scorer", recipe.score.method).needs
-    gradients = "gradients" in needs
     arms = 1 + len(recipe.tune.controls)
-    return {
-        "target gradients, until the pass is done": 4 * n_targets * n_scored * gradients,
-        "store": 4 * len(ground.tokens.pool) * (n_targets + 8) * gradients,
+    is_own = recipe.model.adapter is not None
+    found = {
+        "target gradients, until a pass is done": 4 * n_targets * n_scored * asked.is_of_gradients,
+        "store": 4 * len(ground.tokens.pool) * (n_targets + 8) * asked.n_passes,
+    }
+    if "checkpoints" in asked.needs and not is_own:
+        found["checkpoints of the warm-up"] = 12 * n_scored * epochs_run(ground)
+    if "hidden_states" in asked.needs:
+        found["cosines of hidden states"] = 8 * len(ground.tokens.pool) * n_targets
+    return found | {
         "adapters and checkpoints": arms * n_trained * (4 + 12 * recipe.tune.keep_checkpoints),
     }
 
@@ -137,6 +207,8 @@ def _seconds(
     precision: str,
     outlined: Outline,
     n_chosen: int,
+    asked: _Asked,
+    n_scored: int,
 ) -> dict[str, float]:
     recipe, pool = ground.recipe, ground.tokens.pool
     rate = _products_per_second(device, precision, int(config.hidden_size))
@@ -146,16 +218,14 @@ def _seconds(
     one_way = mean * outlined.n_base * 2 / rate
     per_example = one_way * (3 if recipe.adapter.kind == "full" else 2)
     per_trained = one_way * (3 if _trains_all(ground) or outlined.n_weights else 2)
-    needs = get("data_scorer", recipe.score.method).needs
-    found: dict[str, float] = {}
-    warms_up = "gradients" in needs and recipe.model.adapter is None
-    if warms_up:
-        n_warm = recipe.warmup.fraction * len(pool)
-        found["warm-up"] = n_warm * recipe.warmup.epochs * per_example
-    if "gradients" in needs:
-        found["gradients"] = len(pool) * per_example
-    if "losses" in needs:
-        found["base losses"] = len(pool) * one_way
+    price = {"base losses": one_way, "hidden states": one_way}
+    found = {
+        cause: n * len(pool) * price.get(cause, per_example)
+        for cause, n in _passes(ground, asked).items()
+    }
+    if asked.view.projection.startswith("rademacher"):
+        products = 2 * n_scored * int(asked.view.projection.split(":")[1])
+        found["projections"] = asked.n_passes * len(pool) * products / rate
     n_runs = {"selected": n_chosen}
     n_runs |= {c: len(pool) if c == FULL else n_chosen for c in recipe.tune.controls}
     if recipe.tune.weights is not None:
@@ -202,6 +272,7 @@ def _lines(
         f"targets     {targets}",
         f"held-out    {heldout}",
         f"budget      {facts['budget']} examples",
+        f"passes      {_told(facts['pool_passes'])}",
         f"trains      {trainable['parameters']:,} parameters in {trainable['tensors']} tensors, "
         f"{share:.2%} of {trainable['of']:,}, on {facts['device']} in {facts['precision']}",
         *(f"            {name}  {n:,}" for name, n in list(trained.items())[:3]),
@@ -217,6 +288,10 @@ def _lines(
     examples = list(ground.tokens.pool)
     shown = (examples[0], examples[len(examples) // 2], examples[-1])
     return lines + [f"  {t.id}  {masked(preview(t, ground.tokenizer))}" for t in shown]
+
+
+def _told(passes: Mapping[str, float]) -> str:
+    return ", ".join(f"{cause} {n:.2g}" for cause, n in passes.items()) or "none to score"
 
 
 def _table(title: str, parts: Mapping[str, int | float], unit: int, name: str) -> list[str]:

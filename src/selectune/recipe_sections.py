@@ -34,7 +34,8 @@ class ModelSection(Section):
     revision: Text | None = Field(default=None, description="branch, tag or commit of a Hub model")
     adapter: Text | None = Field(
         default=None,
-        description="folder of a peft adapter to take gradients at, instead of a warm-up",
+        description="folder of a peft adapter to take gradients at, instead of a warm-up; for "
+        "less and tracin the output of a Trainer: its checkpoints with their optimizer states",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="type of the base weights; auto: bfloat16 where it is fast"

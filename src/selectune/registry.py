@@ -17,7 +17,11 @@ Family = Literal[
 ]
 WeightNeed = Literal["mean_gradient", "square_gradient", "first_gradient", "drift"]
 CompressorNeed = Literal["gradients", "inputs", "hidden_states", "distillation"]
-Need = Literal["losses", "gradients", "score", "norm2", "gram"] | WeightNeed | CompressorNeed
+Need = (
+    Literal["losses", "gradients", "checkpoints", "score", "norm2", "gram"]
+    | WeightNeed
+    | CompressorNeed
+)
 Function = TypeVar("Function", bound=Callable[..., Any])
 Method = TypeVar("Method")
 
@@ -154,7 +158,8 @@ def data_scorer(
         options: a frozen dataclass whose defaults are the paper's.
         needs: what it reads beside the tokens: "losses" (one forward pass of the base),
             "gradients" (the store of one gradient pass: the dot product of every pool example with
-            every target).
+            every target), "checkpoints" (several such passes: its options are `ReadsCheckpoints`),
+            "hidden_states" (one forward pass of the base over pool and targets).
     """
     return register("data_scorer", name, options=options, needs=frozenset(needs or ()))
 

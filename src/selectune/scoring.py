@@ -1,7 +1,7 @@
-"""Warm-up, gradient pass and scorers: from a pool to one table of scores."""
+"""Gradient passes, states, losses and scorers: from a pool to one table of scores."""
 
-import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,119 +10,135 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from selectune.adapters import adapter_fingerprint, add_adapter, load_adapter
+from selectune.adapters import adapter_fingerprint
 from selectune.errors import IncompatibleRunError, SelectionError
-from selectune.files import KillPoint, kill_point, open_dir, staged
+from selectune.files import open_dir, staged
+from selectune.gradients.adam import Moments, adam_steps
 from selectune.gradients.engine import GradientEngine, pool_losses
+from selectune.gradients.facts import CheckpointFacts, StateFacts
+from selectune.gradients.projection import Projection
+from selectune.gradients.states import state_similarity
 from selectune.gradients.store import GradientStore, StoredPool, Target
+from selectune.gradients.view import View
 from selectune.ground import Ground, digest
-from selectune.methods.evidence import Evidence
-from selectune.models import Base, trainable_fingerprint
-from selectune.recipe import Recipe
+from selectune.methods.evidence import Evidence, ReadsCheckpoints
+from selectune.models import Base, fingerprint, trainable_fingerprint
 from selectune.registry import Entry, get
 from selectune.selection import Scores
-
-
-def warmup_ids(ground: Ground) -> list[str]:
-    """Return the random share of the pool that the adapter is warmed up on, in drawn order."""
-    seed = ground.recipe.seed
-    drawn = sorted(
-        (hashlib.sha256(f"warmup:{seed}:{t.id}".encode()).digest(), t.id)
-        for t in ground.tokens.pool
-    )
-    n = max(1, round(ground.recipe.warmup.fraction * len(drawn)))
-    return [example_id for _, example_id in drawn[:n]]
-
-
-def warmed_model(ground: Ground, base: Base) -> nn.Module:
-    """Return the model at the checkpoint where gradients are taken, trainable as the recipe says.
-
-    That is the user's own adapter, or the adapter after its warm-up, or at its start where
-    `warmup.epochs` is 0.
-    """
-    recipe = ground.recipe
-    if recipe.model.adapter is not None:
-        return load_adapter(base, recipe.model.adapter)
-    model = add_adapter(base.model, recipe.adapter, seed=recipe.seed)
-    if recipe.warmup.epochs == 0:
-        return model
-    ids = warmup_ids(ground)
-    # Plainly: scores are about the examples, not about how they will be trained on.
-    options = recipe.tune.of_section_adapter().model_copy(
-        update={"epochs": recipe.warmup.schedule_epochs}
-    )
-    fingerprint = digest(
-        {
-            "base": base.fingerprint,
-            "adapter": recipe.adapter.model_dump(),
-            "warmup": recipe.warmup.model_dump(),
-            "pool": ground.tokens.fingerprint,
-            "seed": recipe.seed,
-        }
-    )
-    path = ground.place("warmup", "warmup", digest({"w": fingerprint, "t": options.model_dump()}))
-    items = [ground.tokens.by_id[i] for i in ids]
-    result = ground.train(
-        base,
-        model,
-        items,
-        options,
-        path=path,
-        fingerprint=fingerprint,
-        name="warm-up",
-        stop_after_epochs=recipe.warmup.epochs,
-    )
-    kill_point(KillPoint.WARMUP_DONE)
-    ground.costs["warmup"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
-    return model
+from selectune.warmup import n_checkpoints, own_checkpoints, warm_up, warmed_model
 
 
 def gradient_store(ground: Ground) -> StoredPool:
     """Run, resume or read the gradient pass over the pool, for the targets of all tasks."""
-    if ground.stored is None:
-        ground.stored = _gradient_store(ground)
-    return ground.stored
+    key = (0, View())
+    if key not in ground.stored:
+        recipe = ground.recipe
+        base = ground.base()
+        model = warmed_model(ground, base)
+        untold: dict[str, Any] = {}  # what decides gradients and leaves no mark in the weights
+        if recipe.model.adapter is not None:
+            untold = {"adapter_files": adapter_fingerprint(recipe.model.adapter)}
+        elif not recipe.warmup.epochs:
+            untold = {"adapter_section": recipe.adapter.model_dump()}
+        ground.stored[key] = _pass(ground, base, model, untold=untold)
+    return ground.stored[key]
 
 
-def _gradient_store(ground: Ground) -> StoredPool:
-    recipe = ground.recipe
+def checkpoint_stores(ground: Ground, reading: ReadsCheckpoints) -> list[tuple[StoredPool, float]]:
+    """Run, resume or read a gradient pass at each checkpoint, for the targets of all tasks.
+
+    Args:
+        ground: of the run.
+        reading: which checkpoints, and how pool gradients are looked at.
+
+    Returns:
+        The passes, oldest checkpoint first, each with the mean learning rate that led to it.
+
+    Raises:
+        ConfigError: there are fewer checkpoints, or Adam's moments were not kept.
+    """
+    recipe, view = ground.recipe, reading.view
+    own = recipe.model.adapter
+    n = n_checkpoints(recipe, reading)
     base = ground.base()
-    model = warmed_model(ground, base)
+    if own is None:
+        ground.checkpoint_epochs = max(ground.checkpoint_epochs or 0, n)
+    warmed = warm_up(ground, base) if own is None else own_checkpoints(ground, base, n)
+    found: list[tuple[StoredPool, float]] = []
+    for k, checkpoint in enumerate(warmed.checkpoints[:n], start=1):
+        if (k, view) not in ground.stored:
+            untold = {} if own is None else {"adapter_files": adapter_fingerprint(checkpoint.path)}
+            # The pass that other scorers take at the one checkpoint they read.
+            is_theirs = n == 1 if own is not None else k == recipe.warmup.epochs
+            ground.stored[k, view] = _pass(
+                ground,
+                base,
+                warmed.at(k - 1),
+                untold=untold,
+                view=view,
+                moments=None if view.adam == "none" else warmed.moments(k - 1),
+                label="" if is_theirs and view.is_plain else f"{k}{_slug(view)}",
+            )
+        found.append((ground.stored[k, view], checkpoint.learning_rate))
+    return found
+
+
+def _slug(view: View) -> str:
+    parts = [part.replace(":", "-") for part in (view.adam, view.projection) if part != "none"]
+    return "".join(f"-{part}" for part in parts)
+
+
+def _pass(
+    ground: Ground,
+    base: Base,
+    model: nn.Module,
+    *,
+    untold: Mapping[str, Any],
+    view: View | None = None,
+    moments: Mapping[str, Moments] | None = None,
+    label: str = "",
+) -> StoredPool:
+    recipe, view = ground.recipe, view or View()
+    projection = Projection.of(view.projection, recipe.seed)
+    seen: dict[str, Any] = {}
+    if moments is not None:
+        tensors = {f"{n}.m": x.m for n, x in moments.items()}
+        tensors |= {f"{n}.v": x.v for n, x in moments.items()}
+        rest = {n: [x.n_steps, *x.betas, x.eps] for n, x in moments.items()}
+        seen = {"adam": view.adam, "moments": digest({"t": fingerprint(tensors), "r": rest})}
+    if projection is not None:
+        seen |= {"projection": view.projection, "projection_seed": projection.seed}
     identity = {
         "base": base.fingerprint,
         "adapter": trainable_fingerprint(model),
-        **_untold_by_weights(recipe),
+        **untold,
+        **seen,
         "tokens": ground.tokens.fingerprint,
         "precision": base.precision,
         "token_budget": recipe.score.token_budget,
         "shard_examples": recipe.score.shard_examples,
         "loss": "mean over target tokens",
     }
-    path = ground.place("store", "store", digest(identity))
+    path = ground.place("store", f"store-{label}" if label else "store", digest(identity))
     store = GradientStore(path, identity)
+    step = f"gradients {label}".strip()
     if store.is_stale():
         shutil.rmtree(path)
     if store.is_complete():
-        ground.recall("gradients", path)
+        ground.recall(step, path)
         return store.load(targets(ground))
-    engine = GradientEngine(model, precision=base.precision)
-    with ground.charge("gradients", path):
+    with ground.charge(step, path):
         return store.compute(
-            engine,
+            GradientEngine(model, precision=base.precision),
             ground.tokens.pool,
             targets(ground),
             pad_id=base.pad_id,
             token_budget=recipe.score.token_budget,
             shard_examples=recipe.score.shard_examples,
             progress=ground.progress,
+            adam=adam_steps(view, moments),
+            projection=projection,
         )
-
-
-def _untold_by_weights(recipe: Recipe) -> dict[str, Any]:
-    """Return what decides gradients beside the weights; a warm-up leaves its mark in them."""
-    if recipe.model.adapter is not None:
-        return {"adapter_files": adapter_fingerprint(recipe.model.adapter)}
-    return {} if recipe.warmup.epochs else {"adapter_section": recipe.adapter.model_dump()}
 
 
 def targets(ground: Ground) -> list[Target]:
@@ -134,10 +150,10 @@ def targets(ground: Ground) -> list[Target]:
     return found
 
 
-def base_losses(ground: Ground) -> Float[np.ndarray, " n"]:
-    """Return the loss of every candidate under the untouched base, in nats per target token."""
+def hidden_states(ground: Ground) -> StateFacts:
+    """Return how alike candidates and the targets of all tasks are, under the untouched base."""
     base = ground.base()
-    fingerprint = digest(
+    made_from = digest(
         {
             "base": base.fingerprint,
             "tokens": ground.tokens.fingerprint,
@@ -145,8 +161,50 @@ def base_losses(ground: Ground) -> Float[np.ndarray, " n"]:
             "token_budget": ground.recipe.score.token_budget,
         }
     )
-    path = ground.place("losses", "losses", fingerprint)
-    if ground.is_done(path, "losses", fingerprint):
+    path = ground.place("states", "states", made_from)
+    aims, pool = targets(ground), ground.tokens.pool
+    if not ground.is_done(path, "states", made_from):
+        with (
+            ground.charge("states", path),
+            ground.progress.phase("hidden states", len(pool), "examples") as advance,
+        ):
+            facts = state_similarity(
+                base.model,
+                pool,
+                [t.tokens for t in aims],
+                groups=[t.group for t in aims],
+                pad_id=base.pad_id,
+                precision=base.precision,
+                token_budget=ground.recipe.score.token_budget,
+                advance=advance,
+            )
+            with staged(path, kind="states", meta={"fingerprint": made_from}) as stage:
+                cosines = {"weighted": facts.weighted, "mean": facts.mean}
+                stage.write_tensors("cosines.safetensors", cosines)
+        return facts
+    ground.recall("states", path)
+    read = open_dir(path, kind="states").read_tensors("cosines.safetensors")
+    return StateFacts(
+        _array(read["weighted"]),
+        _array(read["mean"]),
+        tuple(t.tokens.id for t in aims),
+        tuple(t.group for t in aims),
+    )
+
+
+def base_losses(ground: Ground) -> Float[np.ndarray, " n"]:
+    """Return the loss of every candidate under the untouched base, in nats per target token."""
+    base = ground.base()
+    made_from = digest(
+        {
+            "base": base.fingerprint,
+            "tokens": ground.tokens.fingerprint,
+            "precision": base.precision,
+            "token_budget": ground.recipe.score.token_budget,
+        }
+    )
+    path = ground.place("losses", "losses", made_from)
+    if ground.is_done(path, "losses", made_from):
         ground.recall("losses", path)
         return _array(open_dir(path, kind="losses").read_tensors("losses.safetensors")["losses"])
     pool = ground.tokens.pool
@@ -162,7 +220,7 @@ def base_losses(ground: Ground) -> Float[np.ndarray, " n"]:
             token_budget=ground.recipe.score.token_budget,
             advance=advance,
         )
-        with staged(path, kind="losses", meta={"fingerprint": fingerprint}) as stage:
+        with staged(path, kind="losses", meta={"fingerprint": made_from}) as stage:
             stage.write_tensors("losses.safetensors", {"losses": losses})
     return losses
 
@@ -187,16 +245,32 @@ def score_pool(ground: Ground, name: str, options: dict[str, object]) -> Scores:
         seed=ground.recipe.seed,
         losses=base_losses(ground) if "losses" in entry.needs else None,
     )
-    if "gradients" not in entry.needs:
+    by_task = dict.fromkeys(ground.tasks, evidence)
+    if "gradients" in entry.needs:
+        stored = gradient_store(ground)
+        _refuse_other_pool(stored, evidence)
+        for task in by_task:
+            by_task[task] = replace(evidence, gradients=stored.of_task(task))
+    elif "checkpoints" in entry.needs:
+        passes = checkpoint_stores(ground, parsed)
+        _refuse_other_pool(passes[0][0], evidence)
+        for task in by_task:
+            facts = tuple(CheckpointFacts(stored.of_task(task), lr) for stored, lr in passes)
+            by_task[task] = replace(evidence, checkpoints=facts)
+    elif "hidden_states" in entry.needs:
+        states = hidden_states(ground)
+        places = [t.task for t in targets(ground)]
+        for task in by_task:
+            columns = [j for j, place in enumerate(places) if place == task]
+            by_task[task] = replace(evidence, states=states.of(columns))
+    else:
         return entry.function(evidence, parsed)
-    stored = gradient_store(ground)
+    return _joined({task: _score_task(entry, e, parsed, task) for task, e in by_task.items()})
+
+
+def _refuse_other_pool(stored: StoredPool, evidence: Evidence) -> None:
     if stored.ids != evidence.ids:
         raise IncompatibleRunError("the gradient store holds another pool", where="store")
-    by_task = {
-        task: _score_task(entry, replace(evidence, gradients=stored.of_task(task)), parsed, task)
-        for task in ground.tasks
-    }
-    return _joined(by_task)
 
 
 def _score_task(entry: Entry, evidence: Evidence, options: object, task: str) -> Scores:

@@ -25,6 +25,7 @@ from selectune.report import (
 from selectune.report import Verdict as Told
 from selectune.report.weight_facts import WeightFacts
 from selectune.selection import Scores, Selection
+from selectune.warmup import epochs_run
 from selectune.weight_story import tell_weights
 from selectune.weights.delta import SparseDelta
 
@@ -185,9 +186,10 @@ def _phases(ground: Ground, arms: Sequence[TunedArm]) -> list[Phase]:
     for name, cost in ground.costs.items():
         kind, _, arm = name.partition(" ")
         epochs = {
-            "warmup": recipe.warmup.fraction * recipe.warmup.epochs,
+            "warmup": recipe.warmup.fraction * epochs_run(ground),
             "gradients": 1.0,
             "losses": 1 / 3,  # a forward pass without the backward one
+            "states": 1 / 3,
             "tune": share.get(arm, 0.0) * recipe.tune.epochs,
         }.get(kind)
         phases.append(
@@ -242,7 +244,10 @@ def _warnings(ground: Ground, scores: Scores, selection: Selection) -> list[str]
     norm = scores.columns.get("norm")
     if norm is not None and (n := int((norm[chosen] < 0.01 * np.median(norm)).sum())):
         found.append(f"{n} chosen examples have gradients below 1 % of the median: learnt already.")
-    if scores.method in ("gist", "grad_cosine") and (scores.score[chosen] <= 0).any():
+    if (
+        scores.method in ("gist", "grad_cosine", "less", "tracin")
+        and (scores.score[chosen] <= 0).any()
+    ):
         n = int((scores.score[chosen] <= 0).sum())
         found.append(f"{n} chosen examples point away from the target: the budget is too large.")
     sources = [ground.prepared.sources[i] for i in selection.ids]

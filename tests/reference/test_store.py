@@ -8,6 +8,7 @@ from tiny import tiny_tokens, tiny_trainable
 
 from selectune.data import Tokens
 from selectune.errors import CorruptFileError, DataError, IncompatibleRunError
+from selectune.gradients import products as products_module
 from selectune.gradients import store as store_module
 from selectune.gradients.engine import GradientEngine
 from selectune.gradients.store import GradientStore, StoredPool, Target
@@ -114,13 +115,13 @@ def test_targets_are_grouped_as_they_are_now_without_another_pass(tmp_path: Path
 def test_a_gradient_that_is_not_a_number_ends_the_pass_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = store_module.project_with_norm
+    exact = products_module.project_with_norm
 
     def broken(*arguments: object) -> object:
         dots, norm2 = exact(*arguments)  # pyright: ignore[reportArgumentType]
         return dots, norm2 * float("nan")
 
-    monkeypatch.setattr(store_module, "project_with_norm", broken)
+    monkeypatch.setattr(products_module, "project_with_norm", broken)
     with pytest.raises(DataError, match=r"loss or gradient of .* not a finite number"):
         compute(tmp_path / "s")
     assert not list(tmp_path.glob("s/shard-*"))

@@ -15,6 +15,7 @@ from selectune.errors import ConfigError, CorruptFileError, IncompatibleRunError
 from selectune.files import open_dir, sha256_file
 from selectune.models import Base
 from selectune.training.sparse import SparseModel, sparsify
+from selectune.training.trainer_folder import checkpoint_folders
 from selectune.weights.delta import SparseDelta
 from selectune.weights.merging import merge
 
@@ -75,10 +76,21 @@ def load_adapter(base: Base, path: str | Path) -> nn.Module:
 def adapter_fingerprint(path: str | Path) -> str:
     """Return a short hash of a saved adapter, its configuration included.
 
+    Of the output of a Trainer, that of all its checkpoints, with their optimizer states.
+
     Raises:
         ConfigError: the folder holds no peft adapter.
     """
-    parts = "".join(sha256_file(file) for file in _adapter_files(Path(path)))
+    folder = Path(path)
+    if not (folder / "adapter_config.json").exists() and any(folder.glob("checkpoint-*")):
+        files = [
+            file
+            for checkpoint in checkpoint_folders(folder)
+            for file in (*_adapter_files(checkpoint), *checkpoint.glob("optimizer.pt"))
+        ]
+    else:
+        files = [*_adapter_files(folder)]
+    parts = "".join(sha256_file(file) for file in files)
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
@@ -89,7 +101,8 @@ def _adapter_files(folder: Path) -> tuple[Path, Path]:
             f"no peft adapter in {folder}",
             where="model.adapter",
             why="a peft adapter is adapter_config.json beside adapter_model.safetensors",
-            do="give the folder that peft's save_pretrained wrote",
+            do="give the folder that peft's save_pretrained wrote, or one checkpoint-N of a "
+            "Trainer; only less and tracin read all of a Trainer's checkpoints",
         )
     return files
 

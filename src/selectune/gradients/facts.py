@@ -24,12 +24,58 @@ class GradientFacts:
     target_ids: tuple[str, ...]
     groups: tuple[str, ...]
 
+    @property
+    def cosines(self) -> Float[np.ndarray, "n m"]:
+        """Cosine of every example and target, 0 where a gradient is 0."""
+        norms = self.norms.astype(np.float64)
+        scale = norms[:, None] * np.sqrt(np.clip(np.diag(self.gram), 0, None))
+        return np.divide(self.dots, scale, out=np.zeros(self.dots.shape), where=scale > 0)
+
     def of(self, columns: list[int]) -> "GradientFacts":
         """Return the facts of some targets alone."""
         return GradientFacts(
             self.dots[:, columns],
             self.norms,
             self.gram[np.ix_(columns, columns)],
+            tuple(self.target_ids[j] for j in columns),
+            tuple(self.groups[j] for j in columns),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckpointFacts:
+    """What a gradient pass at one of several checkpoints left behind.
+
+    Args:
+        gradients: of the pass.
+        learning_rate: mean rate of the steps that led to the checkpoint from the one before.
+    """
+
+    gradients: GradientFacts
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StateFacts:
+    """How alike pool and target examples are in the last hidden states of the base.
+
+    Args:
+        weighted: cosines of means in which the t-th token counts t times.
+        mean: cosines of plain means.
+        target_ids: the targets, in the order of the columns.
+        groups: each target's subtask label, "" where it has none.
+    """
+
+    weighted: Float[np.ndarray, "n m"]
+    mean: Float[np.ndarray, "n m"]
+    target_ids: tuple[str, ...]
+    groups: tuple[str, ...]
+
+    def of(self, columns: list[int]) -> "StateFacts":
+        """Return the facts of some targets alone."""
+        return StateFacts(
+            self.weighted[:, columns],
+            self.mean[:, columns],
             tuple(self.target_ids[j] for j in columns),
             tuple(self.groups[j] for j in columns),
         )

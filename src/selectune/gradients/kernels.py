@@ -15,7 +15,7 @@ the first batch of every pass, so a wrong kernel is never used.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -375,6 +375,13 @@ def _some(rows: Rows, start: int, end: int) -> Rows:
             return SparseRows(_some(rows.whole, start, end), rows.index, rows.pattern)
         case _:
             return DenseRows(rows.dense()[start:end])
+
+
+def dense_parts(rows: Rows) -> Iterator[Float[Tensor, "n ..."]]:
+    """Yield every example's gradient, in parts that are formed from a few examples each."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, prod(rows.shape)))
+    for start in range(0, rows.n, step):
+        yield (rows if rows.n <= step else _some(rows, start, start + step)).dense()
 
 
 def project_with_norm(

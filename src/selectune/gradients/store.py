@@ -35,10 +35,18 @@ from selectune.files import (
     sha256_file,
     staged,
 )
+from selectune.gradients.adam import AdamSteps
 from selectune.gradients.directions import Directions
 from selectune.gradients.engine import GradientEngine
 from selectune.gradients.facts import GradientFacts
-from selectune.gradients.kernels import Rows, project_with_norm
+from selectune.gradients.kernels import Rows
+from selectune.gradients.products import (
+    ExactProducts,
+    Products,
+    ProjectedProducts,
+    target_features,
+)
+from selectune.gradients.projection import Projection
 from selectune.progress import Progress
 
 # Dense gradients of a target batch are written out one parameter at a time; few examples keep a
@@ -93,6 +101,8 @@ class GradientStore:
         token_budget: int,
         shard_examples: int,
         progress: Progress,
+        adam: AdamSteps | None = None,
+        projection: Projection | None = None,
     ) -> StoredPool:
         """Run what is still missing of the pass, and return the whole of it.
 
@@ -104,6 +114,8 @@ class GradientStore:
             token_budget: padded tokens in one batch.
             shard_examples: examples in one shard, at least a batch.
             progress: told of every example.
+            adam: pool gradients are compared in the form that Adam gives them; None: as they are.
+            projection: of pool and target gradients alike, before they are compared; None: none.
 
         Raises:
             IncompatibleRunError: the folder holds a pass of another identity.
@@ -122,7 +134,8 @@ class GradientStore:
             self._check_directions()
         with Directions(file, sizes, len(targets), _device(engine)) as directions:
             if not self._has("targets", "targets"):
-                self._run_targets(engine, targets, directions, pad_id, progress)
+                self._run_targets(engine, targets, directions, pad_id, progress, projection)
+            products = _products(engine, directions, len(targets), adam, projection)
             shards = _shards([len(t.input_ids) for t in pool], token_budget, shard_examples)
             with progress.phase("pool gradients", len(pool), "examples") as advance:
                 for k, batches in enumerate(shards):
@@ -131,9 +144,9 @@ class GradientStore:
                         columns = _empty_columns()
                         for batch in batches:
                             items = [pool[i] for i in batch]
-                            _run_batch(engine, items, directions, pad_id, columns)
+                            _run_batch(engine, items, products, pad_id, columns)
                             advance(len(items))
-                        self._write_shard(name, columns)
+                        self._write_shard(name, columns, products)
                         kill_point(KillPoint.STORE_SHARD_DONE)
                     else:
                         advance(sum(len(batch) for batch in batches))
@@ -252,6 +265,7 @@ class GradientStore:
         directions: Directions,
         pad_id: int,
         progress: Progress,
+        projection: Projection | None,
     ) -> None:
         losses: list[float] = []
         with progress.phase("target gradients", len(targets), "examples") as advance:
@@ -265,6 +279,9 @@ class GradientStore:
                 losses += engine.run(batch, keep).tolist()
                 advance(len(some))
         gram = directions.gram()
+        if projection is not None:
+            F = target_features(directions, list(engine.parameters), projection, len(targets))
+            gram = (F.double() @ F.double().mT).cpu()
         _refuse_nan([t.tokens.id for t in targets], losses, gram.diagonal().tolist())
         directions.sync()
         table = pa.table(
@@ -281,45 +298,45 @@ class GradientStore:
             stage.write_table("targets.parquet", table)
             stage.write_tensors("gram.safetensors", {"gram": gram})
 
-    def _write_shard(self, name: str, columns: dict[str, list[Any]]) -> None:
-        dots = torch.cat(columns.pop("dots"))
+    def _write_shard(self, name: str, columns: dict[str, list[Any]], products: Products) -> None:
+        dots, norms = products.results()
+        table = pa.table({"id": columns.pop("id"), "norm": norms.tolist(), **columns})
         with staged(self.path / name, kind="shard", meta={"identity": self._identity}) as stage:
-            stage.write_table("examples.parquet", pa.table(columns))
+            stage.write_table("examples.parquet", table)
             stage.write_tensors("dots.safetensors", {"dots": dots})
 
 
 def _empty_columns() -> dict[str, list[Any]]:
-    return {"id": [], "norm": [], "loss": [], "n_target_tokens": [], "dots": []}
+    return {"id": [], "loss": [], "n_target_tokens": []}
+
+
+def _products(
+    engine: GradientEngine,
+    directions: Directions,
+    n_targets: int,
+    adam: AdamSteps | None,
+    projection: Projection | None,
+) -> Products:
+    if projection is None:
+        return ExactProducts(directions, engine.parameters, adam)
+    features = target_features(directions, list(engine.parameters), projection, n_targets)
+    return ProjectedProducts(features, projection, engine.parameters, adam)
 
 
 def _run_batch(
     engine: GradientEngine,
     items: Sequence[Tokens],
-    directions: Directions,
+    products: Products,
     pad_id: int,
     columns: dict[str, list[Any]],
 ) -> None:
     batch = collate(items, pad_id=pad_id, device=_device(engine))
-    dots: Tensor | None = None
-    norm2: Tensor | None = None
-
-    def add(name: str, rows: Rows) -> None:
-        nonlocal dots, norm2
-        a, n2 = project_with_norm(rows, directions.read(name))
-        dots = a if dots is None else dots + a
-        # Squares of hundreds of parameters: fp64 keeps the order of addition from showing.
-        norm2 = n2.double() if norm2 is None else norm2 + n2.double()
-
-    losses = engine.run(batch, add).tolist()
-    assert dots is not None
-    assert norm2 is not None
+    losses = engine.run(batch, products.take).tolist()
+    norm2 = products.close_batch(len(items))
     _refuse_nan([t.id for t in items], losses, norm2.tolist())
     columns["id"] += [t.id for t in items]
     columns["loss"] += losses
-    # A Gram product of a gradient near 0 can round below 0.
-    columns["norm"] += norm2.clamp(min=0).sqrt().tolist()
     columns["n_target_tokens"] += [int(t.is_target.sum()) for t in items]
-    columns["dots"].append(dots.float().cpu())
 
 
 def _device(engine: GradientEngine) -> torch.device:

@@ -33,11 +33,9 @@ def score(evidence: Evidence, options: GradCosineOptions) -> Scores:
     """Rank the pool by cosine to the targets in the space of all trainable parameters."""
     facts = evidence.gradients
     assert facts is not None
-    norms = facts.norms.astype(np.float64)
-    scale = norms[:, None] * np.sqrt(np.clip(np.diag(facts.gram), 0, None))
-    by_target = np.divide(facts.dots, scale, out=np.zeros(facts.dots.shape), where=scale > 0)
+    by_target = facts.cosines
     main = by_target.max(1) if options.aggregate == "max" else by_target.mean(1)
-    columns = {"norm": norms}
+    columns = {"norm": facts.norms.astype(np.float64)}
     columns |= {f"to:{j}": by_target[:, k] for k, j in enumerate(facts.target_ids)}
     best = tuple(facts.target_ids[k] for k in by_target.argmax(1))
     about = {"n_targets": len(facts.gram)}
