@@ -35,24 +35,23 @@ from selectune.evaluation.generic_text import GenericLoss
 from selectune.evaluation.transfer import Scoring
 from selectune.files import lock, sweep, write_file
 from selectune.foresee import refuse_unworkable
+from selectune.grid_plan import Work, forecast
 from selectune.grid_story import write_page
 from selectune.ground import Ground, digest
 from selectune.models import choose_device
+from selectune.outcome import Outcome
 from selectune.package_recipe import fitted
 from selectune.progress import Progress
 from selectune.recipe import MatrixMethod, MatrixSection, Recipe, TuneSection
 from selectune.recipe_methods import FULL
 from selectune.record import Record
-from selectune.registry import get
-from selectune.scoring import score_pool
+from selectune.scoring import evidence_steps, score_pool
 from selectune.selection import Selection
 from selectune.text_table import TextRow, text_rows
 from selectune.transfer_table import TransferRow, transfer_rows
 from selectune.warmup import checkpoint_epochs
 
 Tasks = tuple[str, ...]
-# What the evidence of a scorer costs, by the steps that gather it.
-_STEPS = {"losses": ("losses",), "gradients": ("warmup", "gradients")}
 
 
 class _Grid:
@@ -200,6 +199,26 @@ class _Grid:
         ground.focus(tasks)
         return selection, tune_arm(ground, label, selection, tuning=self.tuning(method, *setting))
 
+    def work(self) -> list[Work]:
+        """Return every training, those that choose settings too."""
+        first = self.matrix.seeds[0]
+        found: list[Work] = []
+        for tasks, method in itertools.product(self.groups, self.methods):
+            settings = self.settings(method)
+            tunings = [self.tuning(method, *setting) for setting in settings]
+            if len(settings) > 1:
+                found += [Work(method, tasks, first, tuning, ()) for tuning in tunings]
+            found += [
+                Work(method, tasks, seed, tunings[0], self.tested(tasks))
+                for seed in self.matrix.seeds
+            ]
+        return found
+
+    def forecast(self) -> Outcome:
+        """Return what the whole grid costs, as if none of it were done."""
+        ground = self.ground(self.matrix.seeds[0])
+        return forecast(ground, self.work(), transfers=self.transfers)
+
     def settings(self, method: MatrixMethod) -> list[tuple[float, int]]:
         """Return the learning rates and epochs to try for a method."""
         tune = self.recipe.tune
@@ -289,10 +308,10 @@ class _Grid:
 
     def _seconds_before(self, ground: Ground, method: MatrixMethod, label: str) -> float:
         """Return what a method's evidence cost, as if no other had shared it."""
-        needs = get("data_scorer", method.method).needs if method.method != FULL else ()
-        steps = [step for need in needs for step in _STEPS.get(need, ())]
-        first = (f"weights {label}", *steps)
-        found = (ground.costs[step]["seconds"] for step in first if step in ground.costs)
+        steps = [f"weights {label}"]
+        if method.method != FULL:
+            steps += evidence_steps(ground.recipe, method.method, dict(method.options))
+        found = (ground.costs[step]["seconds"] for step in steps if step in ground.costs)
         return float(sum(found))
 
     def _keep(
@@ -352,6 +371,23 @@ class _Grid:
         return choose_device(self.recipe.model.device).type != "cpu"
 
 
+def plan_grid(recipe: Recipe, *, out: Path, progress: Progress) -> Outcome:
+    """Say what a grid would train, ask and cost; nothing is written.
+
+    Args:
+        recipe: with a `matrix` section.
+        out: folder of the grid.
+        progress: told of every long step.
+
+    Raises:
+        SelectuneError: as `compare`, before anything is trained.
+    """
+    recipe, matrix = _with_matrix(recipe)
+    grid = _Grid(recipe, matrix, out, progress)
+    refuse_unworkable(grid.ground(matrix.seeds[0]), grid.tunings)
+    return grid.forecast()
+
+
 def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable:
     """Run or resume a grid, and write its table.
 
@@ -364,15 +400,14 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
         ConfigError: the recipe has no matrix, or a task has no held-out examples.
         IncompatibleRunError: the folder holds a grid of another recipe.
     """
-    recipe = fitted(recipe)
-    matrix = recipe.matrix
-    if matrix is None:
-        raise ConfigError("the recipe has no matrix", where="matrix", do="add matrix.methods")
+    recipe, matrix = _with_matrix(recipe)
     with lock(out):
         sweep(out)
         record = Record(out, recipe, allow=("matrix",))
         grid = _Grid(recipe, matrix, out, progress)
         refuse_unworkable(grid.ground(matrix.seeds[0]), grid.tunings)
+        for line in grid.forecast().lines():
+            progress.note(line)
         cells: dict[tuple[str, str, int], Cell] = {}
         bases: dict[str, Evaluation] = {}
         for task in grid.tasks:
@@ -402,6 +437,13 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
         made = digest({"rows": [row.to_json() for row in table.rows]})
         record.write("compare", made, cost={}, files=files, facts={"costs": costs})
         return table
+
+
+def _with_matrix(recipe: Recipe) -> tuple[Recipe, MatrixSection]:
+    recipe = fitted(recipe)
+    if recipe.matrix is None:
+        raise ConfigError("the recipe has no matrix", where="matrix", do="add matrix.methods")
+    return recipe, recipe.matrix
 
 
 def _told(answers: Mapping[str, Evaluation | Generation]) -> dict[str, Any]:

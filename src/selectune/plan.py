@@ -4,12 +4,9 @@ Memory is counted from shapes; time from one short measured matrix product and t
 multiplications that each step needs. LIMITATIONS.md states how far both were off when measured.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from selectune import foresee
 from selectune.data import preview
@@ -22,6 +19,7 @@ from selectune.methods.evidence import ReadsCheckpoints
 from selectune.methods.rules import Budget
 from selectune.models import blocks, choose_device, choose_precision, load_config
 from selectune.outcome import Outcome
+from selectune.prices import Prices, choosing_seconds, n_answers, training_seconds
 from selectune.recipe import Recipe
 from selectune.recipe_methods import FULL, PLAIN
 from selectune.registry import Need, get
@@ -30,7 +28,6 @@ from selectune.warmup import epochs_run, n_checkpoints
 _LIBRARIES_BYTES = 650 << 20  # resident after importing torch, transformers, peft and datasets
 _SAVED_PER_HIDDEN = 16  # activations kept for backward, per token and block, in hidden sizes
 _SAVED_PER_INNER = 5  # the same, in MLP sizes
-_EFFICIENCY = 0.45  # of the measured matrix product, that a whole training step reaches
 
 
 def make_plan(ground: Ground) -> Outcome:
@@ -55,7 +52,7 @@ def make_plan(ground: Ground) -> Outcome:
     n_chosen = budget.examples or round((budget.tokens or 0) / max(1.0, float(pool.lengths.mean())))
     asked = _asked(recipe)
     memory = _memory(ground, found, config, precision) | _view_bytes(ground, asked, n_scored)
-    seconds = _seconds(ground, config, device, precision, found, n_chosen, asked, n_scored)
+    seconds = _seconds(ground, found, n_chosen, asked, n_scored)
     facts = {
         "device": str(device),
         "precision": precision,
@@ -201,61 +198,31 @@ def _disk(ground: Ground, n_scored: int, n_trained: int, asked: _Asked) -> dict[
 
 
 def _seconds(
-    ground: Ground,
-    config: Any,  # noqa: ANN401
-    device: torch.device,
-    precision: str,
-    outlined: Outline,
-    n_chosen: int,
-    asked: _Asked,
-    n_scored: int,
+    ground: Ground, found: Outline, n_chosen: int, asked: _Asked, n_scored: int
 ) -> dict[str, float]:
-    recipe, pool = ground.recipe, ground.tokens.pool
-    rate = _products_per_second(device, precision, int(config.hidden_size))
+    recipe, pool, tuning = ground.recipe, ground.tokens.pool, ground.recipe.tune
+    prices = Prices.measured(ground, found.n_base)
     mean = float(pool.lengths.mean())
-    # 2 per weight and token forward, as many for the gradient of the activations; twice that again
-    # where the weights themselves train.
-    one_way = mean * outlined.n_base * 2 / rate
-    per_example = one_way * (3 if recipe.adapter.kind == "full" else 2)
-    per_trained = one_way * (3 if _trains_all(ground) or outlined.n_weights else 2)
-    price = {"base losses": one_way, "hidden states": one_way}
-    found = {
-        cause: n * len(pool) * price.get(cause, per_example)
+    gradient = prices.gradient(trains_weights=recipe.adapter.kind == "full")
+    price = {"base losses": prices.forward, "hidden states": prices.forward}
+    seconds = {
+        cause: n * len(pool) * mean * price.get(cause, gradient)
         for cause, n in _passes(ground, asked).items()
     }
     if asked.view.projection.startswith("rademacher"):
         products = 2 * n_scored * int(asked.view.projection.split(":")[1])
-        found["projections"] = asked.n_passes * len(pool) * products / rate
+        seconds["projections"] = asked.n_passes * len(pool) * products / prices.rate
     n_runs = {"selected": n_chosen}
-    n_runs |= {c: len(pool) if c == FULL else n_chosen for c in recipe.tune.controls}
-    if recipe.tune.weights is not None:
-        scorer = scorer_of(recipe.tune.weights, seed=0)
-        if scorer.entry.needs:
-            found["weights"] = len(n_runs) * min(n_chosen, scorer.examples) * per_trained
+    n_runs |= {c: len(pool) if c == FULL else n_chosen for c in tuning.controls}
+    if choosing := choosing_seconds(ground, tuning, found, prices, n_chosen, mean):
+        seconds["weights"] = len(n_runs) * choosing
     for arm, n in n_runs.items():
-        work = 1 + (0 if arm == PLAIN else foresee.extra_work(recipe.tune))
-        found[f"tune {arm}"] = n * recipe.tune.epochs * per_trained * work
-    answers = sum(
-        max(1, len(e.options))
-        for examples in ground.prepared.heldout.values()
-        for e in list(examples)[: recipe.evaluate.limit]
-    )
-    found["evaluate"] = (len(n_runs) + 1) * answers * one_way
-    return {name: round(value, 1) for name, value in found.items()}
-
-
-def _products_per_second(device: torch.device, precision: str, hidden: int) -> float:
-    """Measure multiplications and additions per second of a matrix product of the model's width."""
-    dtype = getattr(torch, precision)
-    a = torch.randn(1024, hidden, device=device, dtype=dtype)
-    b = torch.randn(hidden, 4 * hidden, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        c = a @ b
-        float(c[0, 0])  # waits for an accelerator
-        best = min(best, time.perf_counter() - start)
-    return _EFFICIENCY * 2 * a.numel() * b.shape[1] / best
+        how = tuning.plainly() if arm == PLAIN else tuning
+        seconds[f"tune {arm}"] = training_seconds(ground, how, found, prices, n * mean)
+    limit = recipe.evaluate.limit
+    answers = sum(n_answers(examples, limit) for examples in ground.prepared.heldout.values())
+    seconds["evaluate"] = (len(n_runs) + 1) * answers * mean * prices.forward
+    return {name: round(value, 1) for name, value in seconds.items()}
 
 
 def _lines(
@@ -279,9 +246,9 @@ def _lines(
         f"            and {len(trained) - 3} more" if len(trained) > 3 else "",
         *method,
         "",
-        *_table("memory", facts["memory_bytes"], 1 << 20, "MB"),
-        *_table("disk", facts["disk_bytes"], 1 << 20, "MB"),
-        *_table("time", facts["seconds"], 60, "min"),
+        *cost_table("memory", facts["memory_bytes"], 1 << 20, "MB"),
+        *cost_table("disk", facts["disk_bytes"], 1 << 20, "MB"),
+        *cost_table("time", facts["seconds"], 60, "min"),
         "",
         "three examples; what counts in the loss stands in [brackets]:",
     ]
@@ -294,7 +261,15 @@ def _told(passes: Mapping[str, float]) -> str:
     return ", ".join(f"{cause} {n:.2g}" for cause, n in passes.items()) or "none to score"
 
 
-def _table(title: str, parts: Mapping[str, int | float], unit: int, name: str) -> list[str]:
+def cost_table(title: str, parts: Mapping[str, int | float], unit: int, name: str) -> list[str]:
+    """Return a sum and its parts as lines.
+
+    Args:
+        title: what it is.
+        parts: by cause.
+        unit: that many are one of `name`.
+        name: of the unit.
+    """
     rows = [f"{title:<8}{sum(parts.values()) / unit:>10,.1f} {name}"]
     rows += [f"        {value / unit:>10,.1f}    {cause}" for cause, value in parts.items()]
     return rows

@@ -23,9 +23,12 @@ from selectune.gradients.view import View
 from selectune.ground import Ground, digest
 from selectune.methods.evidence import Evidence, ReadsCheckpoints
 from selectune.models import Base, fingerprint, trainable_fingerprint
-from selectune.registry import Entry, get
+from selectune.recipe import Recipe
+from selectune.registry import Entry, Need, get
 from selectune.selection import Scores
 from selectune.warmup import n_checkpoints, own_checkpoints, warm_up, warmed_model
+
+_STEPS: dict[Need, str] = {"losses": "losses", "hidden_states": "states"}
 
 
 def gradient_store(ground: Ground) -> StoredPool:
@@ -68,8 +71,6 @@ def checkpoint_stores(ground: Ground, reading: ReadsCheckpoints) -> list[tuple[S
     for k, checkpoint in enumerate(warmed.checkpoints[:n], start=1):
         if (k, view) not in ground.stored:
             untold = {} if own is None else {"adapter_files": adapter_fingerprint(checkpoint.path)}
-            # The pass that other scorers take at the one checkpoint they read.
-            is_theirs = n == 1 if own is not None else k == recipe.warmup.epochs
             ground.stored[k, view] = _pass(
                 ground,
                 base,
@@ -77,15 +78,40 @@ def checkpoint_stores(ground: Ground, reading: ReadsCheckpoints) -> list[tuple[S
                 untold=untold,
                 view=view,
                 moments=None if view.adam == "none" else warmed.moments(k - 1),
-                label="" if is_theirs and view.is_plain else f"{k}{_slug(view)}",
+                label=_label(recipe, k, n, view),
             )
         found.append((ground.stored[k, view], checkpoint.learning_rate))
     return found
 
 
-def _slug(view: View) -> str:
+def _label(recipe: Recipe, k: int, n: int, view: View) -> str:
+    """Return what the pass at checkpoint `k` of `n` is called."""
+    # The pass that other scorers take at the one checkpoint they read has no name of its own.
+    is_theirs = n == 1 if recipe.model.adapter is not None else k == recipe.warmup.epochs
+    if is_theirs and view.is_plain:
+        return ""
     parts = [part.replace(":", "-") for part in (view.adam, view.projection) if part != "none"]
-    return "".join(f"-{part}" for part in parts)
+    return "-".join([str(k), *parts])
+
+
+def evidence_steps(recipe: Recipe, name: str, options: dict[str, object]) -> list[str]:
+    """Return the steps that gather what a scorer reads, as `Ground.costs` calls them.
+
+    Args:
+        recipe: of the run.
+        name: of the scorer.
+        options: its options, as the recipe gives them.
+    """
+    entry = get("data_scorer", name, where="score.method")
+    found = [step for need, step in _STEPS.items() if need in entry.needs]
+    labels: list[str] = [""] if "gradients" in entry.needs else []
+    if "checkpoints" in entry.needs:
+        reading: ReadsCheckpoints = entry.parse(options, where="score.options")
+        n = n_checkpoints(recipe, reading)
+        labels = [_label(recipe, k, n, reading.view) for k in range(1, n + 1)]
+    if labels:
+        found += ["warmup", *(f"gradients {label}".strip() for label in labels)]
+    return found
 
 
 def _pass(

@@ -183,3 +183,13 @@ def test_python_and_recipe_agree_on_a_trainers_folder(done: tuple[Path, Run]) ->
     assert mine.keys() <= set(scores.ids)  # a recipe drops repeats
     for example_id, value in mine.items():
         assert scores[example_id] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["gist", "less", "tracin", "rds", "perplexity", "length"])
+def test_the_steps_that_a_scorer_needs_are_those_that_were_paid_for(
+    folder: Path, method: str
+) -> None:
+    run = scored(folder, "warmup.schedule_epochs=2", f"score.method={method}")
+    section = run.recipe.score
+    steps = scoring.evidence_steps(run.recipe, section.method, dict(section.options))
+    assert sorted(steps) == sorted(run.ground.costs)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from selectune.compare import ComparisonTable, compare
+from selectune.compare import ComparisonTable, compare, plan_grid
 from selectune.errors import ConfigError
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
@@ -210,3 +210,26 @@ def test_a_cell_is_replayed_alone(folder: Path, tmp_path: Path, name: str) -> No
 def test_a_replay_goes_beside_its_cell_unless_told_otherwise(folder: Path) -> None:
     home = folder / "run/cells/gist-other-seed-1"
     assert load_recipe(home / "config.yaml").output == str(home / "replay")
+
+
+def test_the_forecast_counts_every_training_once(folder: Path) -> None:
+    recipe = load_recipe(folder / "recipe.yaml")
+    facts = plan_grid(recipe, out=folder / "none", progress=Silent()).facts
+    assert not (folder / "none").exists()
+    assert facts["cells"] == 4 * 2 * 2
+    done = len(list((folder / "run/shared").glob("tune/*/adapter")))
+    # gist by task, three others for both tasks; two settings on the first seed, one on the other.
+    assert facts["trainings"] == (2 + 3) * (2 + 1)
+    assert done == facts["trainings"]
+    assert set(facts["seconds"]) == {"warmup", "gradients", "trainings", "evaluation"}
+    assert all(value >= 0 for value in facts["seconds"].values())
+
+
+def test_a_forecast_of_a_transfer_counts_each_task_by_itself(tmp_path: Path) -> None:
+    from unit.test_transfer_in_compare import two_tasks
+
+    recipe = load_recipe(two_tasks(tmp_path), ["score.method=random", "tune.epochs=1"])
+    facts = plan_grid(recipe, out=tmp_path / "none", progress=Silent()).facts
+    assert facts["trainings"] == facts["cells"] == 2 * 2 * 2
+    assert facts["to_choose_settings"] == 0
+    assert "weights" in facts["seconds"]

@@ -49,3 +49,20 @@ def compare(
         return grid.compare(loaded, out=Path(loaded.output), progress=progress)
 
     perform(action, as_json=as_json, is_quiet=quiet)
+
+
+def plan(recipe: str, overrides: list[str] | None, *, as_json: bool, is_quiet: bool) -> bool:
+    """Say what a grid would cost, and return whether the recipe has one."""
+    from selectune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    if loaded.matrix is None:
+        return False
+
+    def action(progress: Progress) -> Result:
+        from selectune.compare import plan_grid
+
+        return plan_grid(loaded, out=Path(loaded.output), progress=progress)
+
+    perform(action, as_json=as_json, is_quiet=is_quiet)
+    return True

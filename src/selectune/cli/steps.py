@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from selectune.cli import offsite
+from selectune.cli import grid, offsite
 from selectune.cli.shell import (
     AllowOption,
     DebugOption,
@@ -39,9 +39,11 @@ def plan(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Say what a run, or an emulator, would be and cost."""
+    """Say what a run, a grid or an emulator would be and cost."""
     if recipe is not None and offsite.is_owners(recipe):
         offsite.plan(recipe, overrides, as_json=as_json, is_quiet=quiet)
+        return
+    if recipe is not None and grid.plan(recipe, overrides, as_json=as_json, is_quiet=quiet):
         return
     _step("plan", lambda run: run.plan(), recipe, overrides, allow, as_json, quiet)
 

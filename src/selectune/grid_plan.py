@@ -1,0 +1,204 @@
+"""What a grid will train, ask and write, and what that costs, told before any of it is done."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from selectune.foresee import Outline, outline
+from selectune.ground import Ground
+from selectune.methods.rules import Budget
+from selectune.outcome import Outcome
+from selectune.plan import cost_table
+from selectune.prices import Prices, choosing_seconds, n_answers, training_seconds
+from selectune.recipe import MatrixMethod, TuneSection
+from selectune.recipe_methods import FULL
+from selectune.registry import get
+from selectune.scoring import evidence_steps
+from selectune.training.chosen import chosen_method
+from selectune.warmup import epochs_run
+
+_PER_SEED = ("warmup", "gradients")  # what a seed has of its own; the rest serves all
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One training of a grid.
+
+    Attributes:
+        method: its row.
+        tasks: that it is for.
+        seed: of the run.
+        tuning: how it is trained.
+        tested: the tasks that it is asked about; empty where it only helps to choose a setting.
+    """
+
+    method: MatrixMethod
+    tasks: tuple[str, ...]
+    seed: int
+    tuning: TuneSection
+    tested: tuple[str, ...]
+
+
+def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcome:
+    """Return what a grid will do, as if none of it were done.
+
+    Equal trainings are counted once as far as they are known to be equal: two scorers that choose
+    the same examples are found out only later. Projections, written answers and plain text are not
+    priced.
+
+    Args:
+        ground: of one seed.
+        work: every training, those that choose settings too.
+        transfers: examples are those of a training's own tasks.
+    """
+    plans = _Plans(ground, transfers)
+    trainings = {plans.key(one): one for one in work}
+    final = {plans.key(one): one for one in work if one.tested}
+    seeds = {one.seed for one in work}
+    masks = {plans.mask_key(one): one for one in trainings.values()}
+    seconds: dict[str, float] = {}
+    n_passes = 0
+    for step in plans.steps({one.method.name: one.method for one in work}.values()):
+        n = len(seeds) if step.startswith(_PER_SEED) else 1
+        seconds[step] = n * plans.step(step)
+        n_passes += n * step.startswith("gradients")
+    if choosing := sum(plans.choosing(one) for one in masks.values()):
+        seconds["weights"] = choosing
+    seconds["trainings"] = sum(plans.training(one) for one in trainings.values())
+    asked = {task for one in final.values() for task in one.tested}
+    seconds["evaluation"] = plans.evaluation(final.values(), asked)
+    n_bytes = sum(
+        sum(plans.outline(one.tuning).trained.values()) * (4 + 12 * one.tuning.keep_checkpoints)
+        for one in trainings.values()
+    )
+    facts: dict[str, Any] = {
+        "cells": sum(bool(one.tested) for one in work),
+        "seeds": len(seeds),
+        "methods": len({one.method.name for one in work}),
+        "trainings": len(trainings),
+        "to_choose_settings": len(trainings.keys() - final.keys()),
+        "seconds": {cause: round(value, 1) for cause, value in seconds.items()},
+        "disk_bytes": {
+            "adapters and checkpoints": n_bytes,
+            "stores": n_passes * plans.store_bytes(),
+        },
+    }
+    return Outcome(facts, _lines(facts))
+
+
+class _Plans:
+    """What is needed to price one training after another."""
+
+    def __init__(self, ground: Ground, transfers: bool) -> None:
+        self.ground, self.transfers = ground, transfers
+        pool = ground.tokens.pool
+        budget = Budget.of(ground.recipe.select.budget, len(pool), int(pool.lengths.sum()))
+        mean = max(1.0, float(pool.lengths.mean()))
+        self.n_chosen = budget.examples or round((budget.tokens or 0) / mean)
+        self.pool_tokens = len(pool) * mean
+        self._outlines: dict[str, Outline] = {}
+
+    def outline(self, tuning: TuneSection) -> Outline:
+        """Return what a training trains; learning rates and epochs do not matter for it."""
+        what = tuning.model_dump(mode="json", include={"adapter", "weights"})
+        key = json.dumps(what, sort_keys=True)
+        if key not in self._outlines:
+            self._outlines[key] = outline(self.ground, tuning)
+        return self._outlines[key]
+
+    @cached_property
+    def prices(self) -> Prices:
+        return Prices.measured(self.ground, outline(self.ground).n_base)
+
+    def choice(self, one: Work) -> str:
+        """Return what decides which examples a training gets."""
+        depends = self.transfers or (
+            one.method.method != FULL
+            and bool(
+                {"gradients", "checkpoints", "hidden_states"}
+                & get("data_scorer", one.method.method).needs
+            )
+        )
+        where = one.tasks if depends else ()
+        return json.dumps([one.method.method, dict(one.method.options), where], sort_keys=True)
+
+    def key(self, one: Work) -> str:
+        method = chosen_method(one.tuning)
+        aims = one.tasks if method is not None and method.reads_target else ()
+        return json.dumps([self.choice(one), one.tuning.model_dump(mode="json"), aims, one.seed])
+
+    def mask_key(self, one: Work) -> str:
+        weights = one.tuning.weights
+        told = (
+            None if weights is None else weights.model_dump(mode="json", exclude={"route", "form"})
+        )
+        return json.dumps([self.choice(one), told, one.seed])
+
+    def examples(self, one: Work) -> tuple[int, float]:
+        """Return how many examples a training gets, and their tokens together."""
+        prepared = self.ground.prepared
+        ids = [t.id for t in self.ground.tokens.pool]
+        if self.transfers:
+            own = {e.source for task in one.tasks for e in prepared.targets[task]}
+            ids = [i for i in ids if prepared.sources[i] in own]
+        lengths = [len(self.ground.tokens.by_id[i].input_ids) for i in ids]
+        n = len(ids) if one.method.method == FULL else min(len(ids), self.n_chosen)
+        return n, n * sum(lengths) / max(1, len(lengths))
+
+    def training(self, one: Work) -> float:
+        _, tokens = self.examples(one)
+        return training_seconds(
+            self.ground, one.tuning, self.outline(one.tuning), self.prices, tokens
+        )
+
+    def choosing(self, one: Work) -> float:
+        n, tokens = self.examples(one)
+        found = self.outline(one.tuning)
+        return choosing_seconds(self.ground, one.tuning, found, self.prices, n, tokens / max(1, n))
+
+    def steps(self, methods: Iterable[MatrixMethod]) -> list[str]:
+        """Return the steps that gather what all scorers read, each once."""
+        recipe = self.ground.recipe
+        found: dict[str, None] = {}
+        for method in methods:
+            if method.method != FULL:
+                steps = evidence_steps(recipe, method.method, dict(method.options))
+                found |= dict.fromkeys(steps)
+        is_warm = recipe.model.adapter is not None
+        return [step for step in found if not (is_warm and step == "warmup")]
+
+    def step(self, name: str) -> float:
+        """Return the seconds of one such step, for one seed."""
+        gradient = self.prices.gradient(trains_weights=self.ground.recipe.adapter.kind == "full")
+        if name == "warmup":
+            share = self.ground.recipe.warmup.fraction * epochs_run(self.ground)
+            return share * self.pool_tokens * gradient
+        price = gradient if name.startswith("gradients") else self.prices.forward
+        return self.pool_tokens * price
+
+    def evaluation(self, work: Iterable[Work], tasks: Iterable[str]) -> float:
+        """Return what ranking the options of held-out questions costs, base and models."""
+        heldout, limit = self.ground.prepared.heldout, self.ground.recipe.evaluate.limit
+        answers = {task: n_answers(examples, limit) for task, examples in heldout.items()}
+        n = sum(answers[task] for task in tasks)
+        n += sum(answers[task] for one in work for task in one.tested)
+        return n * float(self.ground.tokens.pool.lengths.mean()) * self.prices.forward
+
+    def store_bytes(self) -> int:
+        """Return what one gradient pass leaves."""
+        n_targets = sum(len(t) for t in self.ground.tokens.targets.values())
+        return 4 * len(self.ground.tokens.pool) * (n_targets + 8)
+
+
+def _lines(facts: Mapping[str, Any]) -> list[str]:
+    choosing = facts["to_choose_settings"]
+    some = f", {choosing} of them to choose settings" if choosing else ""
+    parts = f"{facts['methods']} methods and {facts['seeds']} seeds"
+    return [
+        f"grid        {facts['cells']} cells of {parts}",
+        f"trainings   at most {facts['trainings']}{some}",
+        *cost_table("disk", facts["disk_bytes"], 1 << 20, "MB"),
+        *cost_table("time", facts["seconds"], 60, "min"),
+    ]
