@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from selectune.cli import grid, offsite, steps, tools, weights
+from selectune.cli import exchange, grid, offsite, steps, tools, weights
 from selectune.errors import ConfigError, SelectuneError, nearest
 
 # Set before any of these libraries is imported; what the user set stays.
@@ -48,6 +48,7 @@ steps.add_to(app)
 grid.add_to(app)
 weights.add_to(app)
 offsite.add_to(app)
+exchange.add_to(app)
 tools.add_to(app)
 
 

@@ -1,0 +1,91 @@
+"""The verb that hands scores on: from a run or another tool to a file that anything reads."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from selectune.cli.shell import DebugOption, JsonOption, Result, perform
+from selectune.errors import ConfigError, nearest
+from selectune.progress import Progress
+
+if TYPE_CHECKING:
+    from selectune.selection import Scores
+
+_SCORES = "scores.parquet"
+_N_SHOWN = 5
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(name="scores")(scores)
+
+
+def scores(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder of a run, or a .parquet or .jsonl file of scores.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write .parquet or .jsonl.", show_default=False),
+    ] = None,
+    column: Annotated[str, typer.Option(help="The column that ranks.")] = "score",
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="Turn the sign of that column round.")
+    ] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show scores that are there, or write them by id."""
+
+    def action(_: Progress) -> Result:
+        from selectune.selection import Scores
+
+        found = Scores.load(_file(source), column=column, higher_is_better=not lower_is_better)
+        return _told(found, source, to)
+
+    perform(action, as_json=as_json, is_quiet=True)
+
+
+def _file(source: str) -> Path:
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    if (path / _SCORES).is_file():
+        return path / _SCORES
+    runs = [p.parent.name for p in path.parent.glob(f"*/{_SCORES}")]
+    raise ConfigError(
+        f"{source} holds no scores",
+        where="command line, SOURCE",
+        why=f"there is no {_SCORES} in it",
+        do=nearest(path.name, runs) if runs else "selectune score recipe.yaml writes them",
+    )
+
+
+def _told(found: "Scores", source: str, to: Path | None) -> Result:
+    from selectune.cli.listing import Listing
+
+    if to is not None:
+        found.save(to)
+    best = found.ranking()[:_N_SHOWN]
+    data: dict[str, Any] = {
+        "source": source,
+        "file": None if to is None else str(to),
+        "method": found.method,
+        "n": len(found),
+        "columns": list(found.columns),
+        "best": {example_id: found[example_id] for example_id in best},
+    }
+    lines = [
+        f"{len(found):,} examples scored by {found.method}",
+        f"  columns beside the score: {', '.join(found.columns) or 'none'}",
+        "  best: " + ", ".join(f"{i} {score:.4g}" for i, score in data["best"].items()),
+    ]
+    if to is not None:
+        lines.append(f"{to}: a row per example, by id")
+    return Listing(data, tuple(lines))
