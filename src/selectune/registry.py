@@ -72,6 +72,19 @@ class Entry:
         return text.strip().split("\n", 1)[0]
 
     @property
+    def formula(self) -> str:
+        """What stands between the first line of the method's file and its sections.
+
+        Empty where a file holds several methods: it is then about all of them.
+        """
+        same = [e for e in _entries[self.family].values() if e._document() == self._document()]
+        if len(same) > 1:
+            return ""
+        body = self._document().partition("\n")[2]
+        first = _SECTION.search(body)
+        return (body[: first.start()] if first else body).strip("\n")
+
+    @property
     def paper(self) -> str:
         """Where the method comes from."""
         return self._section("Paper")
