@@ -1,4 +1,4 @@
-"""The verb that hands scores on: from a run or another tool to a file that anything reads."""
+"""What is handed on: scores to a file that anything reads, a selection in other tools' forms."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from selectune.progress import Progress
 if TYPE_CHECKING:
     from selectune.selection import Scores
 
-_SCORES = "scores.parquet"
+_SCORES, _CONFIG = "scores.parquet", "config.yaml"
 _N_SHOWN = 5
 
 
@@ -50,6 +50,54 @@ def scores(
         return _told(found, source, to)
 
     perform(action, as_json=as_json, is_quiet=True)
+
+
+def selection_for(tool: str, source: str, out: Path, base: str | None) -> Result:
+    """Write the selection of a run for another tool; `export` calls it.
+
+    Raises:
+        ConfigError: the source is no run, or a base was named.
+        DataError: the run has chosen nothing yet.
+    """
+    from selectune.cli.listing import Listing
+    from selectune.interchange.selected import Marks, Tool, read_chosen, write_for
+    from selectune.prepare import resolve
+    from selectune.recipe import load_recipe
+
+    if base is not None:
+        raise ConfigError(
+            f"--to {tool} takes no base",
+            where="command line, --base",
+            why="a run knows its model",
+            do="leave --base out",
+        )
+    run = Path(source)
+    if not (run / _CONFIG).is_file():
+        raise ConfigError(
+            f"{source} is no run",
+            where="command line, SOURCE",
+            why=f"there is no {_CONFIG} in it",
+            do="name the folder that `selectune select recipe.yaml` wrote",
+        )
+    chosen = read_chosen(run)
+    model = resolve(load_recipe(run / _CONFIG)).model
+    marks = Marks("", "")
+    if Tool(tool) is Tool.axolotl:
+        from selectune.data.encode import opening_ids
+        from selectune.models import load_tokenizer
+
+        tokenizer = load_tokenizer(model)
+        opening = str(tokenizer.decode(opening_ids(tokenizer)))
+        marks = Marks(opening, str(tokenizer.eos_token or ""))
+    names = write_for(Tool(tool), chosen, out, base=model.base, marks=marks)
+    settings = "axolotl.yaml" if Tool(tool) is Tool.axolotl else "dataset_info.json"
+    return Listing(
+        {"folder": str(out), "tool": tool, "n": len(chosen), "files": [*names, settings]},
+        (
+            f"{out}: {len(chosen):,} chosen rows for {tool}, in {', '.join(names)}",
+            f"  {settings} describes them",
+        ),
+    )
 
 
 def _file(source: str) -> Path:
