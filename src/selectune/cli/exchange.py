@@ -1,7 +1,8 @@
 """What is handed on: scores to a file that anything reads, a selection in other tools' forms."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,6 +15,21 @@ if TYPE_CHECKING:
 
 _SCORES, _CONFIG = "scores.parquet", "config.yaml"
 _N_SHOWN = 5
+Given = TypeVar("Given")
+
+
+class Similarity(StrEnum):
+    """How gradients of an index are compared."""
+
+    cosine = "cosine"
+    dot = "dot"
+
+
+class Aggregate(StrEnum):
+    """What becomes of several queries."""
+
+    max = "max"
+    mean = "mean"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -26,7 +42,7 @@ def scores(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Folder of a run, or a .parquet or .jsonl file of scores.",
+            help="Folder of a run; a .parquet or .jsonl file of scores; a folder of bergson's.",
             show_default=False,
         ),
     ],
@@ -34,22 +50,71 @@ def scores(
         Path | None,
         typer.Option(metavar="FILE", help="Write .parquet or .jsonl.", show_default=False),
     ] = None,
-    column: Annotated[str, typer.Option(help="The column that ranks.")] = "score",
-    lower_is_better: Annotated[
-        bool, typer.Option("--lower-is-better", help="Turn the sign of that column round.")
-    ] = False,
+    column: Annotated[str, typer.Option(help="Of a file: the column that ranks.")] = "score",
+    higher: Annotated[
+        bool | None,
+        typer.Option(
+            "--higher-is-better/--lower-is-better",
+            help="Which end comes first; the highest, or what bergson recorded.",
+            show_default=False,
+        ),
+    ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="What bergson read: it lends the ids.", show_default=False
+        ),
+    ] = None,
+    query: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Of an index: bergson's index of the task.", show_default=False
+        ),
+    ] = None,
+    similarity: Annotated[
+        Similarity, typer.Option(help="Of an index: cosine, or inner product.")
+    ] = Similarity.cosine,
+    aggregate: Annotated[
+        Aggregate, typer.Option(help="Over bergson's queries: the best, or their mean.")
+    ] = Aggregate.max,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show scores that are there, or write them by id."""
 
     def action(_: Progress) -> Result:
+        from selectune.interchange import bergson
         from selectune.selection import Scores
 
-        found = Scores.load(_file(source), column=column, higher_is_better=not lower_is_better)
+        folder = Path(source)
+        if bergson.is_scores(folder):
+            found = bergson.bergson_scores(
+                folder, _needed(pool, "--pool"), aggregate=aggregate.value, higher_is_better=higher
+            )
+        elif bergson.is_index(folder):
+            found = bergson.bergson_similarity(
+                folder,
+                _needed(query, "--query"),
+                _needed(pool, "--pool"),
+                similarity=similarity.value,
+                aggregate=aggregate.value,
+            )
+        else:
+            found = Scores.load(_file(source), column=column, higher_is_better=higher is not False)
         return _told(found, source, to)
 
     perform(action, as_json=as_json, is_quiet=True)
+
+
+def _needed(value: Given | None, option: str) -> Given:
+    if value is None:
+        raise ConfigError(
+            f"a folder of bergson's needs {option}",
+            where=f"command line, {option}",
+            why="its rows have no ids, and an index says nothing of the task",
+            do="--pool DATA names what bergson read; for an index, --query FOLDER that of the task",
+        )
+    return value
 
 
 def selection_for(tool: str, source: str, out: Path, base: str | None) -> Result:
