@@ -44,4 +44,5 @@ def test_every_public_name_has_a_place() -> None:
     names = [*selectune.__all__, *selectune.weights.__all__]
     assert [name for name in names if f"\n### {name}\n" not in page] == ["weights"]
     assert "#### Scores.load" in page
+    assert "\n### bergson_scores\n" in page
     assert "- `higher_is_better`: False turns" in page

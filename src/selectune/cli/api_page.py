@@ -15,8 +15,14 @@ _HEAD = re.compile(rf"({'|'.join(_HEADS)}):")
 _ENTRY = re.compile(r"(\*{0,2}[\w.]+): (.*)")
 _CODE = re.compile(r"(`[^`]*`)")
 
-# Public, and reached through objects instead of the package: what others of a kind inherit.
-_BASES = {"Method": "selectune.training.method"}
+# Public, and not names of the package: what others of a kind inherit, and readers of other tools.
+_BESIDE = {
+    "What every training method has": {"Method": "selectune.training.method"},
+    "selectune.interchange.bergson": {
+        "bergson_scores": "selectune.interchange.bergson",
+        "bergson_similarity": "selectune.interchange.bergson",
+    },
+}
 
 Definition = ast.FunctionDef | ast.ClassDef
 
@@ -33,9 +39,10 @@ def api_page() -> str:
         lines += ["", f"## {title}"]
         for name, home in _homes(module).items():
             lines += ["", *_told(title, name, home)]
-    lines += ["", "## What every training method has"]
-    for name, home in _BASES.items():
-        lines += ["", *_told(home, name, home)]
+    for title, homes in _BESIDE.items():
+        lines += ["", f"## {title}"]
+        for name, home in homes.items():
+            lines += ["", *_told(home, name, home)]
     return "\n".join(lines) + "\n"
 
 

@@ -200,7 +200,7 @@ def _meaning(path: Path) -> tuple[str, dict[str, Any]]:
                     return method, cast("dict[str, Any]", about)
                 case _:
                     pass
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return OUTSIDE, {}
 
