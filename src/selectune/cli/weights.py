@@ -91,7 +91,7 @@ def export(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write a sparse delta, or a run's selection, in a form of other tools."""
+    """Write a delta, or a selection, for other tools."""
 
     def action(_: Progress) -> Result:
         if to in (Form.llama_factory, Form.axolotl):
