@@ -12,13 +12,15 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # One thread per worker: more would fight over the cores, and change the last bits of a sum.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all bench lint types clean
+.PHONY: help demo test test-all bench docs pages lint types clean
 
 help:
 	@echo "make demo      the main job on a real model and real tasks, under 12 minutes on 2 cores"
 	@echo "make test      the test suite, about 15 minutes on 2 cores"
 	@echo "make test-all  the slow tests too: the real model, long random kills"
 	@echo "make bench     every benchmark; BENCH_FLAGS=--quick for a short look"
+	@echo "make docs      the site, into site/; it needs no network to be read"
+	@echo "make pages     the pages of docs/ that are made from the code"
 	@echo "make lint      ruff and codespell"
 	@echo "make types     pyright, strict"
 	@echo "make clean     remove the environment and caches; runs/ stays"
@@ -38,6 +40,13 @@ bench: $(VENV)/.stamp-dev
 	  echo "== $$script $(BENCH_FLAGS)"; $(BIN)/python $$script $(BENCH_FLAGS); \
 	done
 
+# The notice is that mkdocs-material ends in May 2027: docs/decisions.md.
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pages: $(VENV)/.stamp-dev
+	$(BIN)/python -m selectune.cli.pages
+
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,7 +56,7 @@ types: $(VENV)/.stamp-dev
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is older than what it depends on as soon as a dependency changes: then pip runs again.
@@ -60,6 +69,11 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@echo "installing what constraints.txt pins into $(VENV), tools too; minutes the first time"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.stamp-run
+
+# The pages are read, not imported: what builds them needs nothing of selectune.
+$(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@$(PIP_INSTALL) "$$(sed -n 's/^docs = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	@touch $@
 
 # Not $(BIN)/python: that is a link into the system, and has the system's date.
 $(VENV)/.stamp-venv:

@@ -183,10 +183,13 @@ def _options(
     try:
         entry.parse(dict(options), where=tree.where(home))
     except ConfigError as whole:
+        if not set(entry.required) <= set(options):
+            return [whole]
         found: list[ConfigError] = []
+        needed = {key: options[key] for key in entry.required}
         for key, value in options.items():
             try:
-                entry.parse({key: value}, where=tree.where((*home, key)))
+                entry.parse({**needed, key: value}, where=tree.where((*home, key)))
             except ConfigError as error:
                 found.append(error)
         return found or [whole]

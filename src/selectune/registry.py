@@ -5,7 +5,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,7 +18,7 @@ Family = Literal[
 WeightNeed = Literal["mean_gradient", "square_gradient", "first_gradient", "drift"]
 CompressorNeed = Literal["gradients", "inputs", "hidden_states", "distillation"]
 Need = (
-    Literal["losses", "gradients", "checkpoints", "score", "norm2", "gram"]
+    Literal["losses", "gradients", "checkpoints", "file", "score", "norm2", "gram"]
     | WeightNeed
     | CompressorNeed
 )
@@ -74,6 +74,19 @@ class Entry:
         return text.strip().split("\n", 1)[0]
 
     @property
+    def formula(self) -> str:
+        """What stands between the first line of the method's file and its sections.
+
+        Empty where a file holds several methods: it is then about all of them.
+        """
+        same = [e for e in _entries[self.family].values() if e._document() == self._document()]
+        if len(same) > 1:
+            return ""
+        body = self._document().partition("\n")[2]
+        first = _SECTION.search(body)
+        return (body[: first.start()] if first else body).strip("\n")
+
+    @property
     def paper(self) -> str:
         """Where the method comes from."""
         return self._section("Paper")
@@ -87,6 +100,15 @@ class Entry:
     def fails(self) -> str:
         """When it disappoints."""
         return self._section("Fails")
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The options that have no default."""
+        return tuple(
+            f.name
+            for f in fields(self.options)
+            if f.default is MISSING and f.default_factory is MISSING
+        )
 
     def parse(self, options: dict[str, Any], *, where: str = "") -> Any:  # noqa: ANN401
         """Return the options dataclass filled from plain values.
@@ -110,8 +132,16 @@ class Entry:
         try:
             return TypeAdapter(self.options).validate_python(options)
         except ValidationError as error:
-            found = error.errors()
+            # What is wrong goes before what is not there.
+            found = sorted(error.errors(), key=lambda e: e["type"] == "missing")
             first, key = found[0], found[0]["loc"][:1]
+            if first["type"] == "missing":
+                raise ConfigError(
+                    f'{self.name} needs the option "{key[0]}"',
+                    where=where,
+                    why="it has no default",
+                    do=f"add {key[0]}; `selectune methods {self.name}` tells what it takes",
+                ) from error
             # A share or a number: each reading has a complaint of its own.
             reasons = dict.fromkeys(e["msg"] for e in found if e["loc"][:1] == key)
             raise ConfigError(
@@ -159,7 +189,8 @@ def data_scorer(
         needs: what it reads beside the tokens: "losses" (one forward pass of the base),
             "gradients" (the store of one gradient pass: the dot product of every pool example with
             every target), "checkpoints" (several such passes: its options are `ReadsCheckpoints`),
-            "hidden_states" (one forward pass of the base over pool and targets).
+            "hidden_states" (one forward pass of the base over pool and targets), "file" (the one
+            that its option `path` names; a run then guards it).
     """
     return register("data_scorer", name, options=options, needs=frozenset(needs or ()))
 

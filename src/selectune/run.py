@@ -25,7 +25,7 @@ from selectune.arms import (
     control_selection,
     tune_arm,
 )
-from selectune.errors import ConfigError, CorruptFileError, SelectuneError
+from selectune.errors import ConfigError, CorruptFileError, DataError, SelectuneError
 from selectune.evaluation import Evaluation, Verdict, check_questions, together, verdict
 from selectune.files import (
     MANIFEST,
@@ -40,6 +40,7 @@ from selectune.files import (
 )
 from selectune.foresee import refuse_unworkable
 from selectune.ground import Ground, digest
+from selectune.interchange.scores import MEANING
 from selectune.measure import Measured
 from selectune.methods.rules import Budget
 from selectune.models import choose_device, choose_precision, model_is_package
@@ -52,6 +53,7 @@ from selectune.progress import Progress, Silent
 from selectune.recipe import Recipe
 from selectune.recipe_methods import PLAIN
 from selectune.record import Record, check_file, read_run
+from selectune.registry import get
 from selectune.report import write_report
 from selectune.scoring import score_pool
 from selectune.selection import Scores, Selection
@@ -60,7 +62,6 @@ from selectune.story import tell
 SCORES = "scores.parquet"
 PLUGIN = "plugin"
 CHOSEN = ("selected.jsonl", "selected.parquet")
-_MEANING = b"selectune"  # key of our facts in a parquet file's metadata
 
 
 class Run:
@@ -72,7 +73,7 @@ class Run:
         shared: a folder for work that several runs have in common (`compare` gives one).
         tasks: the target tasks this run is about; None for all.
         allow: what may differ from what the folder was made with: recipe keys or sections,
-            "data" (the files too), "adapter_files", "precision", "libraries".
+            "data" (the files too), "adapter_files", "score_file", "precision", "libraries".
         progress: told of every long step.
     """
 
@@ -206,6 +207,7 @@ class Run:
             "data": self.ground.prepared.fingerprint,
             "adapter_files": "" if own is None else adapter_fingerprint(own),
             "precision": f"{choose_precision(self.recipe.model.dtype, device)} on {device.type}",
+            **_outside_scores(self.recipe),
         }
         return Record(self.out, self.recipe, allow=self._allow, inputs=inputs)
 
@@ -240,6 +242,7 @@ class Run:
                 "adapter_files": None if own is None else adapter_fingerprint(own),
                 "tasks": {t: [(e.id, e.group) for e in targets[t]] for t in self.ground.tasks},
                 "seed": recipe.seed,
+                **_outside_scores(recipe),
             }
         )
 
@@ -256,7 +259,7 @@ class Run:
         section = self.recipe.score
         with Measured() as measured:
             scores = score_pool(self.ground, section.method, dict(section.options))
-        _write_scores(path, scores)
+        scores.save(path)
         facts = {"method": scores.method, "n": len(scores), "about": dict(scores.about)}
         facts |= {"base": self.ground.seen_base, "costs": dict(self.ground.costs)}
         self._record.write("score", fingerprint, cost=measured, files=[SCORES], facts=facts)
@@ -448,6 +451,27 @@ def need_heldout(recipe: Recipe) -> None:
         )
 
 
+def _outside_scores(recipe: Recipe) -> dict[str, str]:
+    """Return the sha256 of the file that the recipe's scorer reads; nothing for other scorers.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    entry = get("data_scorer", recipe.score.method)
+    if "file" not in entry.needs:
+        return {}
+    path = Path(str(recipe.score.options["path"])).expanduser()
+    try:
+        return {"score_file": sha256_file(path.resolve())}
+    except CorruptFileError as error:
+        raise DataError(
+            f'the scores "{path.name}" do not exist',
+            where="score.options.path",
+            why=error.what,
+            do="check the path; it is relative to where you stand",
+        ) from error
+
+
 def _metrics(arm: TunedArm) -> list[str]:
     """Return one line per step: its loss, and what the training method did in it."""
     facts = dict(arm.result.records)
@@ -457,18 +481,10 @@ def _metrics(arm: TunedArm) -> list[str]:
     ]
 
 
-def _write_scores(path: Path, scores: Scores) -> None:
-    meaning = json.dumps({"method": scores.method, "about": dict(scores.about)})
-    table = scores.to_table().replace_schema_metadata({_MEANING: meaning.encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    write_file(path, sink.getvalue().to_pybytes())
-
-
 def _read_scores(path: Path) -> Scores:
     try:
         table = pq.read_table(pa.BufferReader(path.read_bytes()))
-        meaning = json.loads(table.schema.metadata[_MEANING])
+        meaning = json.loads(table.schema.metadata[MEANING])
         return Scores.from_table(table, meaning["method"], meaning["about"])
     except (pa.ArrowInvalid, KeyError, ValueError, TypeError) as error:
         raise CorruptFileError(

@@ -95,6 +95,37 @@ class Scores:
             dict(about),
         )
 
+    def save(self, path: str | Path) -> None:
+        """Write one file of scores by id, .parquet or .jsonl, that `load` reads back.
+
+        Raises:
+            ConfigError: the name ends in something else.
+            DataError: a number is infinite, and the file JSONL.
+        """
+        from selectune.interchange.scores import write_scores
+
+        write_scores(self, Path(path))
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, column: str = "score", higher_is_better: bool = True
+    ) -> "Scores":
+        """Read a .parquet or .jsonl file of scores by id, ours or another tool's.
+
+        Args:
+            path: the file; it needs the columns `id` and `column`.
+            column: what ranks.
+            higher_is_better: False turns the sign of `column` round.
+
+        Raises:
+            ConfigError: the name ends in something else, or the column is not there.
+            DataError: the file cannot be read, or a row has no id or no score.
+        """
+        # An arrow that points up, as in `Selection.examples`: who only ranks pays for no import.
+        from selectune.interchange.scores import read_scores
+
+        return read_scores(Path(path), column=column, higher_is_better=higher_is_better)
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:

@@ -1,20 +1,48 @@
+"""The pages that are made from the code say what the code says."""
+
 from pathlib import Path
 from typing import get_args
 
-from selectune.cli.reference import reference
-from selectune.registry import Family, methods
+import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
+import selectune
+from selectune.cli.api_page import public_names
+from selectune.cli.methods_page import FAMILIES
+from selectune.cli.pages import PAGES
+from selectune.registry import Family, get, methods
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_reference_is_what_the_code_says() -> None:
-    assert PAGE.read_text(encoding="utf-8") == reference(), (
-        "run: python -m selectune.cli.reference > docs/reference.md"
-    )
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_what_the_code_says(name: str) -> None:
+    written = (DOCS / name).read_text(encoding="utf-8")
+    assert written == PAGES[name](), "run: python -m selectune.cli.pages"
 
 
 def test_every_method_of_every_family_has_a_place() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    names = [entry.name for family in get_args(Family) for entry in methods(family)]
-    assert page.count("\n### ") == len(names)
-    assert all(f"\n### {name}\n" in page for name in names)
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    assert set(FAMILIES) == set(get_args(Family))
+    entries = [entry for family in FAMILIES for entry in methods(family)]
+    assert page.count("\n### ") == len(entries)
+    for entry in entries:
+        anchor = f"{entry.family}-{entry.name}".replace("_", "-")
+        assert page.count(f'<a id="{anchor}"></a>\n\n### {entry.name}\n') == 1
+        assert page.count(f"(#{anchor})") == 1
+
+
+def test_a_method_shows_its_formula() -> None:
+    assert get("data_scorer", "length").formula == (
+        "    S = number of tokens that count in the loss"
+    )
+    assert get("row_picker", "softmax").formula == ""  # one file of several
+
+
+def test_every_public_name_has_a_place() -> None:
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert public_names("selectune") == selectune.__all__
+    names = [*selectune.__all__, *selectune.weights.__all__]
+    assert [name for name in names if f"\n### {name}\n" not in page] == ["weights"]
+    assert "#### Scores.load" in page
+    assert "\n### bergson_scores\n" in page
+    assert "- `higher_is_better`: False turns" in page

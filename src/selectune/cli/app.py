@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from selectune.cli import grid, offsite, steps, tools, weights
+from selectune.cli import exchange, grid, offsite, steps, tools, weights
 from selectune.errors import ConfigError, SelectuneError, nearest
 
 # peft imports bitsandbytes where it is installed, which then tells of a kernel to download.
@@ -51,6 +51,7 @@ steps.add_to(app)
 grid.add_to(app)
 weights.add_to(app)
 offsite.add_to(app)
+exchange.add_to(app)
 tools.add_to(app)
 
 

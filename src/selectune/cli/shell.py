@@ -72,7 +72,7 @@ def need_recipe(recipe: str | None, verb: str) -> Path:
 
 
 # What --allow takes beside keys: the inputs of a run that no key of the recipe holds.
-INPUTS = ("adapter_files", "precision", "libraries")
+INPUTS = ("adapter_files", "score_file", "precision", "libraries")
 
 
 def read_allow(text: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selectune.cli.shell import DebugOption, JsonOption, Result, perform
-from selectune.errors import SelectuneError
+from selectune.errors import ConfigError, SelectuneError
 from selectune.progress import Progress
 
 if TYPE_CHECKING:
@@ -17,22 +17,17 @@ if TYPE_CHECKING:
 OutOption = Annotated[
     Path, typer.Option("--out", metavar="FOLDER", help="Where the result goes.", show_default=False)
 ]
-BaseOption = Annotated[
-    str,
-    typer.Option(
-        "--base", metavar="MODEL", help="The base: a folder or a name on the Hub.",
-        show_default=False,
-    ),
-]  # fmt: skip
 _DELTA = "Folder of a sparse delta."
 _TUNED = "adapter"  # the kind of folder that an arm of a run leaves, whatever it trained
 
 
 class Form(StrEnum):
-    """What a delta can be exported to."""
+    """What a delta can be exported to, and what a selection can."""
 
     shira = "shira"
     model = "model"
+    llama_factory = "llama-factory"
+    axolotl = "axolotl"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -70,18 +65,46 @@ def merge(
 
 
 def export(
-    delta: Annotated[str, typer.Argument(metavar="DELTA", help=_DELTA, show_default=False)],
-    base: BaseOption,
+    delta: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder of a sparse delta; of a run, for its selection.",
+            show_default=False,
+        ),
+    ],
     to: Annotated[
-        Form, typer.Option("--to", help="A SHiRA adapter for peft, or a plain merged model.")
+        Form,
+        typer.Option(
+            "--to",
+            help="A delta: a SHiRA adapter for peft, or a plain merged model. A selection: rows "
+            "and settings for LLaMA-Factory or axolotl.",
+        ),
     ],
     out: OutOption,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Of a delta: a folder or a name on the Hub.", show_default=False
+        ),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write a sparse delta in a form of other tools."""
+    """Write a delta, or a selection, for other tools."""
 
     def action(_: Progress) -> Result:
+        if to in (Form.llama_factory, Form.axolotl):
+            from selectune.cli import exchange
+
+            return exchange.selection_for(to.value, delta, out, base)
+        if base is None:
+            raise ConfigError(
+                f"--to {to.value} needs the base of the delta",
+                where="command line, --base",
+                why="a delta is differences, and holds no base",
+                do="add --base MODEL",
+            )
         if to is Form.model:
             return _merged(base, [delta], out, 1.0)
         from selectune.cli.listing import Listing

@@ -16,7 +16,7 @@ from unit.cli.fakes import SOURCES, Child, FakeSteps
 
 VERBS = (
     "plan", "score", "select", "tune", "evaluate", "run", "report", "compare", "methods", "doctor",
-    "verify", "demo", "merge", "export",
+    "verify", "demo", "merge", "export", "scores",
 )  # fmt: skip
 HEAVY = ("torch", "peft", "transformers", "numpy", "pandas", "pyarrow", "datasets", "rich")
 
