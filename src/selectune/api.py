@@ -36,9 +36,10 @@ from selectune.training.trainer_folder import (
     checkpoint_folders,
     put_weights,
     read_moments,
+    set_weights,
     trainer_checkpoints,
+    weights_of,
 )
-from selectune.training.trainers import snapshot, trainable
 
 _log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def _at_checkpoints(
             )
         return (CheckpointFacts(gradients(view, None), 1.0),)
     found = trainer_checkpoints(checkpoints, reading.epochs)
-    before = snapshot(model)
+    before = {name: t.detach().clone() for name, t in weights_of(model).items()}
     passes: list[CheckpointFacts] = []
     try:
         for checkpoint in found:
@@ -177,9 +178,7 @@ def _at_checkpoints(
             moments = None if view.adam == "none" else read_moments(model, checkpoint.path)
             passes.append(CheckpointFacts(gradients(view, moments), checkpoint.learning_rate))
     finally:
-        with torch.no_grad():
-            for name, p in trainable(model).items():
-                p.copy_(before[name])
+        set_weights(model, before)
     return tuple(passes)
 
 

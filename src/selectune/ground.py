@@ -15,6 +15,7 @@ from selectune.data import Tokens, read_examples
 from selectune.digests import digest as digest
 from selectune.errors import CorruptFileError, IncompatibleRunError
 from selectune.files import is_complete, open_dir, write_file
+from selectune.gradients.facts import StateFacts
 from selectune.gradients.store import StoredPool
 from selectune.gradients.view import View
 from selectune.measure import Measured
@@ -64,8 +65,10 @@ class Ground:
         self.costs: dict[str, dict[str, Any]] = {}
         self._base_fingerprint: str | None = None
         self.expected_base: str | None = None
-        # By checkpoint, 0 for the one that `warmup.epochs` or `model.adapter` names.
-        self.stored: dict[tuple[int, View], StoredPool] = {}
+        self.stored: StoredPool | None = None
+        # Passes at the first n checkpoints with their learning rates, by n and how they look.
+        self.passes: dict[tuple[int, View], list[tuple[StoredPool, float]]] = {}
+        self.states: StateFacts | None = None
 
     @cached_property
     def assets(self) -> Assets:

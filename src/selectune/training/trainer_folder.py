@@ -111,6 +111,21 @@ def checkpoint_folders(folder: str | Path, n: int | None = None) -> list[Path]:
     return found[:n]
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint of a model holds: its adapter, or all of a bare model."""
+    if isinstance(model, peft.PeftModel):
+        return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return model.state_dict()
+
+
+def set_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `weights_of` returned."""
+    if isinstance(model, peft.PeftModel):
+        cast("Any", peft).set_peft_model_state_dict(model, dict(tensors))
+    else:
+        model.load_state_dict(tensors, strict=False)
+
+
 def put_weights(model: nn.Module, checkpoint: Path) -> None:
     """Put the weights of a checkpoint into a model of the same making.
 
@@ -120,9 +135,8 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
         IncompatibleRunError: a tensor is missing, has no place, or has another shape.
     """
     is_peft = isinstance(model, peft.PeftModel)
-    files = sorted(
-        checkpoint.glob("adapter_model.safetensors" if is_peft else "model*.safetensors")
-    )
+    pattern = "adapter_model.safetensors" if is_peft else "model*.safetensors"
+    files = sorted(checkpoint.glob(pattern))
     if not files:
         raise ConfigError(
             f"no weights in {checkpoint}",
@@ -138,11 +152,7 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
             raise CorruptFileError(
                 "the weights cannot be read", where=str(file), why=str(error), do="copy them again"
             ) from error
-    places: Mapping[str, Tensor] = (
-        peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-        if is_peft
-        else model.state_dict()
-    )
+    places = weights_of(model)
     # A tied tensor is saved once, under one of its names.
     held = {places[name].data_ptr() for name in tensors if name in places}
     missing = [n for n, t in places.items() if n not in tensors and t.data_ptr() not in held]
@@ -155,10 +165,7 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
             f"the first is {sorted(missing or odd)[0]}",
             do="give the model that this Trainer trained, with the same adapter configuration",
         )
-    if is_peft:
-        cast("Any", peft).set_peft_model_state_dict(model, tensors)
-    else:
-        model.load_state_dict(tensors, strict=False)
+    set_weights(model, tensors)
 
 
 def read_moments(model: nn.Module, checkpoint: Path) -> dict[str, Moments]:

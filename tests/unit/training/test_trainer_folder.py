@@ -174,6 +174,19 @@ def test_a_way_without_a_logged_rate_is_refused(copied: Path) -> None:
         trainer_checkpoints(copied, 4)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "series", "parallel", "prefix"])
+def test_every_kind_of_adapter_comes_back(kind: str, tmp_path: Path) -> None:
+    from tiny import tiny_trainable
+
+    from selectune.training.weights import save_weights
+
+    model, other = tiny_trainable("llama", kind), tiny_trainable("llama", kind, seed=1)
+    save_weights(model, tmp_path)
+    put_weights(other, tmp_path)
+    pairs = zip(model.named_parameters(), other.named_parameters(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in pairs if a.requires_grad)
+
+
 def test_a_bare_model_comes_back_from_its_checkpoint(tmp_path: Path) -> None:
     from tiny import tiny_model
 
