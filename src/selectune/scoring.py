@@ -191,14 +191,7 @@ def hidden_states(ground: Ground) -> StateFacts:
 
 def _hidden_states(ground: Ground) -> StateFacts:
     base = ground.base()
-    made_from = digest(
-        {
-            "base": base.fingerprint,
-            "tokens": ground.tokens.fingerprint,
-            "precision": base.precision,
-            "token_budget": ground.recipe.score.token_budget,
-        }
-    )
+    made_from = _of_base(ground, base)
     path = ground.place("states", "states", made_from)
     aims, pool = targets(ground), ground.tokens.pool
     if not ground.is_done(path, "states", made_from):
@@ -230,10 +223,9 @@ def _hidden_states(ground: Ground) -> StateFacts:
     )
 
 
-def base_losses(ground: Ground) -> Float[np.ndarray, " n"]:
-    """Return the loss of every candidate under the untouched base, in nats per target token."""
-    base = ground.base()
-    made_from = digest(
+def _of_base(ground: Ground, base: Base) -> str:
+    """Return a fingerprint of what decides a forward pass of the untouched base over the data."""
+    return digest(
         {
             "base": base.fingerprint,
             "tokens": ground.tokens.fingerprint,
@@ -241,6 +233,12 @@ def base_losses(ground: Ground) -> Float[np.ndarray, " n"]:
             "token_budget": ground.recipe.score.token_budget,
         }
     )
+
+
+def base_losses(ground: Ground) -> Float[np.ndarray, " n"]:
+    """Return the loss of every candidate under the untouched base, in nats per target token."""
+    base = ground.base()
+    made_from = _of_base(ground, base)
     path = ground.place("losses", "losses", made_from)
     if ground.is_done(path, "losses", made_from):
         ground.recall("losses", path)
