@@ -34,6 +34,7 @@ from selectune.evaluation import Evaluation, Generation
 from selectune.evaluation.generic_text import GenericLoss
 from selectune.evaluation.transfer import Scoring
 from selectune.files import lock, sweep, write_file
+from selectune.files.disk import remove
 from selectune.foresee import refuse_unworkable
 from selectune.grid_plan import Work, forecast
 from selectune.grid_story import write_page
@@ -197,7 +198,11 @@ class _Grid:
         ground = self.ground(seed)
         selection = self.select(method, tasks, seed)
         ground.focus(tasks)
-        return selection, tune_arm(ground, label, selection, tuning=self.tuning(method, *setting))
+        arm = tune_arm(ground, label, selection, tuning=self.tuning(method, *setting))
+        # With Adam's state they weigh several times what they led to, and nothing resumes any more.
+        for checkpoint in arm.path.parent.glob("checkpoint-*"):
+            remove(checkpoint)
+        return selection, arm
 
     def work(self) -> list[Work]:
         """Return every training, those that choose settings too."""

@@ -69,10 +69,8 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
     seconds["trainings"] = sum(plans.training(one) for one in trainings.values())
     asked = {task for one in final.values() for task in one.tested}
     seconds["evaluation"] = plans.evaluation(final.values(), asked)
-    n_bytes = sum(
-        sum(plans.outline(one.tuning).trained.values()) * (4 + 12 * one.tuning.keep_checkpoints)
-        for one in trainings.values()
-    )
+    sizes = [sum(plans.outline(one.tuning).trained.values()) for one in trainings.values()]
+    keep = max((one.tuning.keep_checkpoints for one in work), default=0)
     facts: dict[str, Any] = {
         "cells": sum(bool(one.tested) for one in work),
         "seeds": len(seeds),
@@ -81,7 +79,8 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
         "to_choose_settings": len(trainings.keys() - final.keys()),
         "seconds": {cause: round(value, 1) for cause, value in seconds.items()},
         "disk_bytes": {
-            "adapters and checkpoints": n_bytes,
+            "adapters": 4 * sum(sizes),
+            "checkpoints, of one training at a time": 12 * keep * max(sizes, default=0),
             "stores": n_passes * plans.store_bytes(),
         },
     }

@@ -212,6 +212,10 @@ def test_a_replay_goes_beside_its_cell_unless_told_otherwise(folder: Path) -> No
     assert load_recipe(home / "config.yaml").output == str(home / "replay")
 
 
+def test_finished_trainings_leave_no_checkpoints(folder: Path) -> None:
+    assert not list((folder / "run/shared/tune").glob("*/checkpoint-*"))
+
+
 def test_the_forecast_counts_every_training_once(folder: Path) -> None:
     recipe = load_recipe(folder / "recipe.yaml")
     facts = plan_grid(recipe, out=folder / "none", progress=Silent()).facts
