@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from selectune.data import Tokens, read_examples
 from selectune.digests import digest as digest
 from selectune.errors import CorruptFileError, IncompatibleRunError
-from selectune.files import is_complete, open_dir, write_file
+from selectune.files import Alone, Hands, is_complete, open_dir, write_file
 from selectune.gradients.facts import StateFacts
 from selectune.gradients.store import StoredPool
 from selectune.gradients.view import View
@@ -65,6 +65,7 @@ class Ground:
         self.costs: dict[str, dict[str, Any]] = {}
         self._base_fingerprint: str | None = None
         self.expected_base: str | None = None
+        self.hands: Hands = Alone()  # others, where processes share the scoring
         self.stored: StoredPool | None = None
         # Passes at the first n checkpoints with their learning rates, by n and how they look.
         self.passes: dict[tuple[int, View], list[tuple[StoredPool, float]]] = {}
@@ -247,6 +248,8 @@ class Ground:
             try:
                 return run()
             except IncompatibleRunError:
+                if not isinstance(self.hands, Alone):
+                    raise  # another process may be using it
                 shutil.rmtree(path)  # stale, as in `is_done`
                 return run()
 
@@ -255,18 +258,38 @@ class Ground:
         """Measure a step whose result goes to `path`, and keep the price beside it."""
         with Measured() as measured:
             yield
-        self.costs[step] = measured.to_json()
-        write_file(_price(path), json.dumps(self.costs[step]).encode())
+        self.keep_price(path, measured)
+        self.recall(step, path)
+
+    def keep_price(self, path: Path, price: Measured, *, part: str = "") -> None:
+        """Keep what a result cost beside it.
+
+        Args:
+            path: of the result.
+            price: what it cost this process.
+            part: what this process did of it, where several share it.
+        """
+        name = f"{path.name}.{part}.cost.json" if part else f"{path.name}.cost.json"
+        write_file(path.with_name(name), json.dumps(price.to_json()).encode())
 
     def recall(self, step: str, path: Path) -> None:
-        """Read what a finished step cost when it ran."""
-        try:
-            self.costs[step] = json.loads(_price(path).read_bytes())
-        except FileNotFoundError:
-            return
-        except ValueError as error:
-            raise CorruptFileError("a price cannot be read", where=str(_price(path))) from error
+        """Read what a finished step cost: seconds of all processes that shared it, highest peak."""
+        found: dict[str, Any] = {}
+        for file in sorted(path.parent.glob(f"{path.name}.*cost.json")):
+            try:
+                price: dict[str, Any] = json.loads(file.read_bytes())
+                for key, value in price.items():
+                    if key == "seconds":
+                        found[key] = round(found.get(key, 0.0) + value, 3)
+                    else:
+                        found[key] = max(found.get(key, 0), value)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise CorruptFileError("a price cannot be read", where=str(file)) from error
+        if found:
+            self.costs[step] = found
 
-
-def _price(path: Path) -> Path:
-    return path.with_name(path.name + ".cost.json")
+    def forget(self, path: Path) -> None:
+        """Remove a result of other inputs, and what it cost."""
+        shutil.rmtree(path)
+        for file in path.parent.glob(f"{path.name}.*cost.json"):
+            file.unlink()

@@ -29,12 +29,15 @@ from selectune.errors import ConfigError, CorruptFileError, DataError, Selectune
 from selectune.evaluation import Evaluation, Verdict, check_questions, together, verdict
 from selectune.files import (
     MANIFEST,
+    Alone,
+    Crew,
     KillPoint,
     is_complete,
     kill_point,
     lock,
     open_dir,
     sha256_file,
+    share,
     sweep,
     write_file,
 )
@@ -49,17 +52,19 @@ from selectune.offsite.plugin_saving import save_plugin
 from selectune.outcome import Outcome
 from selectune.package_recipe import fitted
 from selectune.plan import make_plan
+from selectune.processes import Part
 from selectune.progress import Progress, Silent
 from selectune.recipe import Recipe
 from selectune.recipe_methods import PLAIN
 from selectune.record import Record, check_file, read_run
 from selectune.registry import get
 from selectune.report import write_report
-from selectune.scoring import score_pool
+from selectune.scoring import score_pool, share_passes, shares_passes
 from selectune.selection import Scores, Selection
 from selectune.story import tell
 
 SCORES = "scores.parquet"
+CLAIMS = ".claims"
 PLUGIN = "plugin"
 CHOSEN = ("selected.jsonl", "selected.parquet")
 
@@ -101,6 +106,7 @@ class Run:
         self._arms: list[TunedArm] | None = None
         self._answers: dict[str, dict[str, Evaluation]] | None = None
         self._is_locked = False
+        self._leads = ""
 
     def plan(self) -> Outcome:
         """Say what would train, on what, at what price; nothing is written."""
@@ -113,6 +119,84 @@ class Run:
             entry = self._record.entry("score")
             facts = {"scores": str(self.out / SCORES), **(entry["facts"] if entry else {})}
             return Outcome(facts, [_told(scores), f"scores: {self.out / SCORES}"])
+
+    def share(self, part: Part) -> Outcome:
+        """Do one process's part of the gradient passes, beside others in the same folder.
+
+        All that share a folder have the same recipe, data and libraries (`Record`) and the same
+        weights (the store's identity). The leader of a launch stays until all is done; the next
+        step it does alone, once the others have left.
+
+        Args:
+            part: which of the processes this is.
+
+        Raises:
+            ConfigError: the scorer takes no gradients, so there is nothing to share.
+            StorageError: another process writes there.
+            IncompatibleRunError: the folder is another run's, or others see other inputs.
+        """
+        method = self.recipe.score.method
+        if not shares_passes(method):
+            if not part.launch:
+                raise ConfigError(
+                    f"{method} cannot be scored in shards",
+                    where="command line, --shard",
+                    why="only gradient passes are shared, and it takes none",
+                    do="leave --shard out",
+                )
+            self.ground.progress.note(f"{method} takes no gradients: one process scores")
+            return Outcome({})
+        with share(self.out, launch=part.launch) as is_held:
+            outcome = self._share(part) if is_held else Outcome({}, ["all is scored"])
+        self._leads = part.launch
+        return outcome
+
+    def _share(self, part: Part) -> Outcome:
+        section = self.recipe.score
+        crew = Crew(
+            self.out / CLAIMS, index=part.index, n=part.n,
+            is_fixed=not part.launch, waits=part.is_leader,
+        )  # fmt: skip
+        self.ground.hands = crew
+        try:
+            with crew.turn("run", lambda: (self.out / "run.json").exists()):
+                _ = self._record
+            if self._record.done("score", self._score_fingerprint()) is not None:
+                return Outcome({"is_complete": True}, ["all is scored"])
+            worked = share_passes(self.ground, section.method, dict(section.options), part.name)
+        finally:
+            self.ground.hands = Alone()
+            crew.close()
+        facts = {
+            "shard": part.name.replace("-of-", "/"),
+            "n_computed": worked.n_computed,
+            "n_done": worked.n_done,
+            "n_shards": worked.n_shards,
+            "is_complete": worked.is_complete,
+        }
+        text = [
+            f"shard {facts['shard']}: {worked.n_computed} shards of the store computed here, "
+            f"{worked.n_done} of {worked.n_shards} done",
+            "now `selectune score` without --shard"
+            if worked.is_complete
+            else "when the others are done: `selectune score` without --shard",
+        ]
+        return Outcome(facts, text)
+
+    def refuse_early(self, verb: str) -> None:
+        """Tell before the pool is scored what a verb would stumble over afterwards.
+
+        Args:
+            verb: what will be done with the scores, by its name on the command line.
+        """
+        if verb in ("run", "tune"):
+            refuse_unworkable(self.ground, [self.recipe.tune])
+        if verb == "evaluate":
+            need_heldout(self.recipe)
+        if verb in ("run", "evaluate"):
+            self._refuse_unanswerable()
+        if verb != "score":
+            self._refuse_small_pool()
 
     def select(self) -> Outcome:
         """Choose examples within the budget."""
@@ -135,7 +219,7 @@ class Run:
     def tune(self) -> Outcome:
         """Tune an adapter on the selection, and one per control."""
         with self._writing():
-            refuse_unworkable(self.ground, [self.recipe.tune])
+            self.refuse_early("tune")
             arms = self._ensure_arms()
             facts = {
                 a.name: {
@@ -177,8 +261,7 @@ class Run:
     def all(self) -> Outcome:
         """Do every step, and end with a plain verdict."""
         with self._writing():
-            refuse_unworkable(self.ground, [self.recipe.tune])
-            self._refuse_unanswerable()
+            self.refuse_early("run")
             selection = self._ensure_selection()
             self._ensure_arms()
             facts: dict[str, Any] = {"n_selected": len(selection)}
@@ -215,7 +298,9 @@ class Run:
         """Hold the folder for this process while a step writes into it."""
         stack = ExitStack()
         if not self._is_locked:
-            stack.enter_context(lock(self.out))
+            # A leader waits until the others of its launch have left.
+            leads = self._leads
+            stack.enter_context(lock(self.out, waits=bool(leads), launch=leads))
             sweep(self.out)
             self._is_locked = True
             stack.callback(self._unlock)
@@ -271,10 +356,13 @@ class Run:
         for entry in self._record.steps.values():
             self.ground.costs |= entry["facts"].get("costs", {})
 
-    def _ensure_selection(self) -> Selection:
-        # A budget that the pool cannot fill is told before the gradients, which may take hours.
+    def _refuse_small_pool(self) -> None:
         pool = self.ground.tokens.pool
         Budget.of(self.recipe.select.budget, len(pool), int(pool.lengths.sum()))
+
+    def _ensure_selection(self) -> Selection:
+        # A budget that the pool cannot fill is told before the gradients, which may take hours.
+        self._refuse_small_pool()
         scores = self._ensure_scores()
         fingerprint = digest(
             {

@@ -1,8 +1,8 @@
 """Gradient passes, states, losses and scorers: from a pool to one table of scores."""
 
-import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from selectune.gradients.engine import GradientEngine, pool_losses
 from selectune.gradients.facts import CheckpointFacts, StateFacts
 from selectune.gradients.projection import Projection
 from selectune.gradients.states import state_similarity
-from selectune.gradients.store import GradientStore, StoredPool, Target
+from selectune.gradients.store import GradientStore, StoredPool, Target, Worked
 from selectune.gradients.view import View
 from selectune.ground import Ground, digest
+from selectune.measure import Measured
 from selectune.methods.evidence import Evidence, ReadsCheckpoints
 from selectune.models import Base, fingerprint, trainable_fingerprint
 from selectune.recipe import Recipe
@@ -31,19 +32,126 @@ from selectune.warmup import keep_epochs, n_checkpoints, own_checkpoints, warm_u
 _STEPS: dict[Need, str] = {"losses": "losses", "hidden_states": "states"}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """One gradient pass over the pool, for the targets of all tasks: to run, to share, to read.
+
+    Args:
+        ground: of the run.
+        base: the model's base.
+        model: at the checkpoint where gradients are taken.
+        untold: what decides gradients and leaves no mark in the weights.
+        view: how pool gradients are looked at.
+        moments: Adam's, where the view asks for them.
+        label: what the pass is called.
+    """
+
+    ground: Ground
+    base: Base
+    model: nn.Module
+    untold: Mapping[str, Any]
+    view: View = field(default_factory=View)
+    moments: Mapping[str, Moments] | None = None
+    label: str = ""
+
+    def run(self) -> StoredPool:
+        """Do what is missing, and read the whole."""
+        store, path = self._store()
+        if store.is_stale():
+            self.ground.forget(path)
+        if store.is_complete():
+            self.ground.recall(self._step, path)
+        else:
+            with self.ground.charge(self._step, path):
+                self._work(store)
+        return store.load(targets(self.ground))
+
+    def share(self, part: str) -> tuple[Worked, StoredPool | None]:
+        """Do this process's part; return how far the pass is, and the pass once it is complete.
+
+        Args:
+            part: what this process's part is called.
+
+        Raises:
+            IncompatibleRunError: the folder holds a pass of other inputs. Others may be using it,
+                so it is not removed.
+        """
+        store, path = self._store()
+        with Measured() as measured:
+            worked = self._work(store)
+        if worked.n_computed:
+            self.ground.keep_price(path, measured, part=part)
+        if not worked.is_complete:
+            return worked, None
+        self.ground.recall(self._step, path)
+        return worked, store.load(targets(self.ground))
+
+    @property
+    def _step(self) -> str:
+        return f"gradients {self.label}".strip()
+
+    def _store(self) -> tuple[GradientStore, Path]:
+        recipe, projection = self.ground.recipe, self._projection()
+        seen: dict[str, Any] = {}
+        if self.moments is not None:
+            tensors = {f"{n}.m": x.m for n, x in self.moments.items()}
+            tensors |= {f"{n}.v": x.v for n, x in self.moments.items()}
+            rest = {n: [x.n_steps, *x.betas, x.eps] for n, x in self.moments.items()}
+            moments = digest({"t": fingerprint(tensors), "r": rest})
+            seen = {"adam": self.view.adam, "moments": moments}
+        if projection is not None:
+            seen |= {"projection": self.view.projection, "projection_seed": projection.seed}
+        identity = {
+            "base": self.base.fingerprint,
+            "adapter": trainable_fingerprint(self.model),
+            **self.untold,
+            **seen,
+            "tokens": self.ground.tokens.fingerprint,
+            "precision": self.base.precision,
+            "token_budget": recipe.score.token_budget,
+            "shard_examples": recipe.score.shard_examples,
+            "loss": "mean over target tokens",
+        }
+        name = f"store-{self.label}" if self.label else "store"
+        path = self.ground.place("store", name, digest(identity))
+        return GradientStore(path, identity), path
+
+    def _work(self, store: GradientStore) -> Worked:
+        section = self.ground.recipe.score
+        return store.work(
+            GradientEngine(self.model, precision=self.base.precision),
+            self.ground.tokens.pool,
+            targets(self.ground),
+            pad_id=self.base.pad_id,
+            token_budget=section.token_budget,
+            shard_examples=section.shard_examples,
+            progress=self.ground.progress,
+            adam=adam_steps(self.view, self.moments),
+            projection=self._projection(),
+            hands=self.ground.hands,
+        )
+
+    def _projection(self) -> Projection | None:
+        return Projection.of(self.view.projection, self.ground.recipe.seed)
+
+
 def gradient_store(ground: Ground) -> StoredPool:
     """Run, resume or read the gradient pass over the pool, for the targets of all tasks."""
     if ground.stored is None:
-        recipe = ground.recipe
-        base = ground.base()
-        model = warmed_model(ground, base)
-        untold: dict[str, Any] = {}  # what decides gradients and leaves no mark in the weights
-        if recipe.model.adapter is not None:
-            untold = {"adapter_files": adapter_fingerprint(recipe.model.adapter)}
-        elif not recipe.warmup.epochs:
-            untold = {"adapter_section": recipe.adapter.model_dump()}
-        ground.stored = _pass(ground, base, model, untold=untold)
+        ground.stored = _plain_pass(ground).run()
     return ground.stored
+
+
+def _plain_pass(ground: Ground) -> _Pass:
+    recipe = ground.recipe
+    base = ground.base()
+    model = warmed_model(ground, base)
+    untold: dict[str, Any] = {}
+    if recipe.model.adapter is not None:
+        untold = {"adapter_files": adapter_fingerprint(recipe.model.adapter)}
+    elif not recipe.warmup.epochs:
+        untold = {"adapter_section": recipe.adapter.model_dump()}
+    return _Pass(ground, base, model, untold)
 
 
 def checkpoint_stores(ground: Ground, reading: ReadsCheckpoints) -> list[tuple[StoredPool, float]]:
@@ -61,11 +169,16 @@ def checkpoint_stores(ground: Ground, reading: ReadsCheckpoints) -> list[tuple[S
     """
     n, view = n_checkpoints(ground.recipe, reading), reading.view
     if (n, view) not in ground.passes:
-        ground.passes[n, view] = _passes(ground, n, view)
+        found = [(one.run(), rate) for one, rate in _checkpoint_passes(ground, n, view)]
+        ground.passes[n, view] = found
     return ground.passes[n, view]
 
 
-def _passes(ground: Ground, n: int, view: View) -> list[tuple[StoredPool, float]]:
+def _checkpoint_passes(ground: Ground, n: int, view: View) -> Iterator[tuple[_Pass, float]]:
+    """Yield the pass at each checkpoint with its learning rate, oldest first.
+
+    They share one model, which goes on to the next checkpoint: be done with one before asking on.
+    """
     recipe = ground.recipe
     own = recipe.model.adapter
     base = ground.base()
@@ -74,20 +187,57 @@ def _passes(ground: Ground, n: int, view: View) -> list[tuple[StoredPool, float]
         warmed = warm_up(ground, base)
     else:
         warmed = own_checkpoints(ground, base, n)
-    found: list[tuple[StoredPool, float]] = []
     for k, checkpoint in enumerate(warmed.checkpoints[:n], start=1):
-        untold = {} if own is None else {"adapter_files": adapter_fingerprint(checkpoint.path)}
-        stored = _pass(
+        one = _Pass(
             ground,
             base,
             warmed.at(k - 1),
-            untold=untold,
-            view=view,
-            moments=None if view.adam == "none" else warmed.moments(k - 1),
-            label=_label(recipe, k, n, view),
+            {} if own is None else {"adapter_files": adapter_fingerprint(checkpoint.path)},
+            view,
+            None if view.adam == "none" else warmed.moments(k - 1),
+            _label(recipe, k, n, view),
         )
-        found.append((stored, checkpoint.learning_rate))
-    return found
+        yield one, checkpoint.learning_rate
+
+
+def shares_passes(name: str) -> bool:
+    """Return whether a scorer takes gradients, which several processes can share."""
+    return bool({"gradients", "checkpoints"} & set(get("data_scorer", name).needs))
+
+
+def share_passes(ground: Ground, name: str, options: dict[str, object], part: str) -> Worked:
+    """Do this process's part of the gradient passes that a scorer reads.
+
+    Args:
+        ground: of the run; its `hands` say what is this process's.
+        name: of a scorer that takes gradients.
+        options: its options, as the recipe gives them.
+        part: what this process's part is called.
+
+    Returns:
+        How far all passes together are.
+    """
+    entry = get("data_scorer", name, where="score.method")
+    found: list[Worked] = []
+    if "gradients" in entry.needs:
+        worked, ground.stored = _plain_pass(ground).share(part)
+        found.append(worked)
+    else:
+        reading: ReadsCheckpoints = entry.parse(options, where="score.options")
+        n, view = n_checkpoints(ground.recipe, reading), reading.view
+        passes: list[tuple[StoredPool, float]] = []
+        for one, rate in _checkpoint_passes(ground, n, view):
+            worked, stored = one.share(part)
+            found.append(worked)
+            if stored is not None:
+                passes.append((stored, rate))
+        if len(passes) == len(found):
+            ground.passes[n, view] = passes
+    return Worked(
+        sum(w.n_computed for w in found),
+        sum(w.n_done for w in found),
+        sum(w.n_shards for w in found),
+    )
 
 
 def _label(recipe: Recipe, k: int, n: int, view: View) -> str:
@@ -118,59 +268,6 @@ def evidence_steps(recipe: Recipe, name: str, options: dict[str, object]) -> lis
     if labels:
         found += ["warmup", *(f"gradients {label}".strip() for label in labels)]
     return found
-
-
-def _pass(
-    ground: Ground,
-    base: Base,
-    model: nn.Module,
-    *,
-    untold: Mapping[str, Any],
-    view: View | None = None,
-    moments: Mapping[str, Moments] | None = None,
-    label: str = "",
-) -> StoredPool:
-    recipe, view = ground.recipe, view or View()
-    projection = Projection.of(view.projection, recipe.seed)
-    seen: dict[str, Any] = {}
-    if moments is not None:
-        tensors = {f"{n}.m": x.m for n, x in moments.items()}
-        tensors |= {f"{n}.v": x.v for n, x in moments.items()}
-        rest = {n: [x.n_steps, *x.betas, x.eps] for n, x in moments.items()}
-        seen = {"adam": view.adam, "moments": digest({"t": fingerprint(tensors), "r": rest})}
-    if projection is not None:
-        seen |= {"projection": view.projection, "projection_seed": projection.seed}
-    identity = {
-        "base": base.fingerprint,
-        "adapter": trainable_fingerprint(model),
-        **untold,
-        **seen,
-        "tokens": ground.tokens.fingerprint,
-        "precision": base.precision,
-        "token_budget": recipe.score.token_budget,
-        "shard_examples": recipe.score.shard_examples,
-        "loss": "mean over target tokens",
-    }
-    path = ground.place("store", f"store-{label}" if label else "store", digest(identity))
-    store = GradientStore(path, identity)
-    step = f"gradients {label}".strip()
-    if store.is_stale():
-        shutil.rmtree(path)
-    if store.is_complete():
-        ground.recall(step, path)
-        return store.load(targets(ground))
-    with ground.charge(step, path):
-        return store.compute(
-            GradientEngine(model, precision=base.precision),
-            ground.tokens.pool,
-            targets(ground),
-            pad_id=base.pad_id,
-            token_budget=recipe.score.token_budget,
-            shard_examples=recipe.score.shard_examples,
-            progress=ground.progress,
-            adam=adam_steps(view, moments),
-            projection=projection,
-        )
 
 
 def targets(ground: Ground) -> list[Target]:

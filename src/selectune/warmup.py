@@ -15,7 +15,7 @@ from torch import nn
 
 from selectune.adapters import add_adapter, load_adapter
 from selectune.errors import ConfigError
-from selectune.files import KillPoint, kill_point, open_dir
+from selectune.files import KillPoint, is_complete, kill_point, open_dir
 from selectune.gradients.adam import Moments
 from selectune.ground import Ground, digest
 from selectune.methods.evidence import ReadsCheckpoints
@@ -31,6 +31,7 @@ from selectune.training.trainer_folder import (
     read_moments,
     trainer_checkpoints,
 )
+from selectune.training.tune import KIND as ADAPTER
 
 
 def scorers(recipe: Recipe) -> Iterator[tuple[Entry, Mapping[str, Any]]]:
@@ -215,19 +216,20 @@ def warm_up(ground: Ground, base: Base) -> Warmed:
     path = ground.place("warmup", "warmup", digest({"w": fingerprint, "t": options.model_dump()}))
     items = [ground.tokens.by_id[i] for i in warmup_ids(ground)]
     n_steps = -(-len(items) // (options.batch_size * options.accumulation))
-    if keeps and _lacks_checkpoints(path, n_steps, n_epochs):
-        shutil.rmtree(path)  # of a run whose scorers read none
-    result = ground.train(
-        base,
-        model,
-        items,
-        options,
-        path=path,
-        fingerprint=fingerprint,
-        name="warm-up",
-        stop_after_epochs=n_epochs,
-    )
-    kill_point(KillPoint.WARMUP_DONE)
+    with ground.hands.turn("warmup", lambda: is_complete(path / "adapter", ADAPTER)):
+        if keeps and _lacks_checkpoints(path, n_steps, n_epochs):
+            shutil.rmtree(path)  # of a run whose scorers read none
+        result = ground.train(
+            base,
+            model,
+            items,
+            options,
+            path=path,
+            fingerprint=fingerprint,
+            name="warm-up",
+            stop_after_epochs=n_epochs,
+        )
+        kill_point(KillPoint.WARMUP_DONE)
     ground.costs["warmup"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
     return Warmed(model, trainer_checkpoints(path) if keeps else [], is_ours=True)
 

@@ -18,6 +18,7 @@ import typer
 
 from selectune.cli import exchange, grid, offsite, steps, tools, weights
 from selectune.errors import ConfigError, SelectuneError, nearest
+from selectune.processes import take_launch
 
 # peft imports bitsandbytes where it is installed, which then tells of a kernel to download.
 _TALKATIVE = "bitsandbytes.backends.cpu.ops"
@@ -87,9 +88,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not is_debug:
         sys.excepthook = _report_our_bug
     try:
-        _check_verb(words)
+        verb = _check_verb(words)
+        launch = take_launch(os.environ)
+        if launch is not None and verb not in steps.SHARED:
+            if not launch.is_leader:
+                return 0
+            others = launch.world - 1
+            print(f"one process does this; {others} more have nothing to do", file=sys.stderr)
+            launch = None
         # Calling `app` itself would put typer's own excepthook in place of ours.
-        typer.main.get_command(app)(args=words, prog_name="selectune")
+        typer.main.get_command(app)(args=words, prog_name="selectune", obj=launch)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except SelectuneError as error:
@@ -111,11 +119,16 @@ def _settle_environment() -> None:
             os.environ.setdefault(name, "1")
 
 
-def _check_verb(words: list[str]) -> None:
+def _check_verb(words: list[str]) -> str | None:
+    """Return the verb, None where there is none.
+
+    Raises:
+        ConfigError: it is not one of ours.
+    """
     verbs = [command.name for command in app.registered_commands if command.name]
     first = next((word for word in words if not word.startswith("-")), None)
     if first is None or first in verbs:
-        return
+        return first
     if first.endswith((".yaml", ".yml")):
         raise ConfigError(
             f'"{first}" stands where the verb belongs',

@@ -98,13 +98,16 @@ def read_allow(text: str) -> tuple[str, ...]:
     return allowed
 
 
-def perform(action: Callable[[Progress], Result], *, as_json: bool, is_quiet: bool) -> Result:
+def perform(
+    action: Callable[[Progress], Result], *, as_json: bool, is_quiet: bool, prints: bool = True
+) -> Result:
     """Run a verb, print its result and return it.
 
     Args:
         action: what to do.
         as_json: print one JSON object instead of lines for a person.
         is_quiet: show no progress even on a terminal.
+        prints: whether this process tells the result; of several, one does.
     """
     try:
         with _stdout_for_results() as stdout:
@@ -112,7 +115,8 @@ def perform(action: Callable[[Progress], Result], *, as_json: bool, is_quiet: bo
                 result = action(progress)
             # Written after the bars are gone, or the two would run into each other.
             text = to_json_text(result.to_json()) if as_json else "\n".join(result.lines())
-            _write(stdout, text + "\n")
+            if prints:
+                _write(stdout, text + "\n")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,10 +19,25 @@ from selectune.cli.shell import (
     perform,
     read_allow,
 )
+from selectune.processes import Launch, read_part, take_gpu
 from selectune.progress import Progress
 
 if TYPE_CHECKING:
     from selectune.run import Run
+
+
+# The verbs whose scoring several processes share; all others are one process's work.
+SHARED = ("score", "select", "tune", "evaluate", "run")
+
+ShardOption = Annotated[
+    str,
+    typer.Option(
+        metavar="I/N",
+        help="Take the gradients of one of N shards only, from 1; several may run at a time, on "
+        "machines that see the same folder. Without it, what is missing.",
+        show_default=False,
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -49,18 +64,24 @@ def plan(
 
 
 def score(
+    context: typer.Context,
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    shard: ShardOption = "",
     allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Score every example of the pool."""
-    _step("score", lambda run: run.score(), recipe, overrides, allow, as_json, quiet)
+    _step(
+        "score", lambda run: run.score(), recipe, overrides, allow, as_json, quiet,
+        launch=context.find_object(Launch), shard=shard,
+    )  # fmt: skip
 
 
 def select(
+    context: typer.Context,
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     allow: AllowOption = "",
@@ -69,10 +90,14 @@ def select(
     debug: DebugOption = False,
 ) -> None:
     """Choose examples by their scores, with reasons."""
-    _step("select", lambda run: run.select(), recipe, overrides, allow, as_json, quiet)
+    _step(
+        "select", lambda run: run.select(), recipe, overrides, allow, as_json, quiet,
+        launch=context.find_object(Launch),
+    )  # fmt: skip
 
 
 def tune(
+    context: typer.Context,
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     allow: AllowOption = "",
@@ -85,10 +110,14 @@ def tune(
     RECIPE may stand behind the folder of a package, which then is model.base.
     """
     recipe, overrides = offsite.with_package(recipe, overrides, "tune")
-    _step("tune", lambda run: run.tune(), recipe, overrides, allow, as_json, quiet)
+    _step(
+        "tune", lambda run: run.tune(), recipe, overrides, allow, as_json, quiet,
+        launch=context.find_object(Launch),
+    )  # fmt: skip
 
 
 def evaluate(
+    context: typer.Context,
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     plugged: offsite.PluggedOption = None,
@@ -105,16 +134,23 @@ def evaluate(
     then is model.base.
     """
     recipe, overrides = offsite.with_package(recipe, overrides, "evaluate")
+    launch = context.find_object(Launch)
     if plugged is not None or original is not None or openly is not None:
+        if launch is not None and not launch.is_leader:
+            return  # scores nothing
         offsite.evaluate(
             recipe, overrides, plugged=plugged, original=original, openly=openly,
             allow=allow, as_json=as_json, is_quiet=quiet,
         )  # fmt: skip
         return
-    _step("evaluate", lambda run: run.evaluate(), recipe, overrides, allow, as_json, quiet)
+    _step(
+        "evaluate", lambda run: run.evaluate(), recipe, overrides, allow, as_json, quiet,
+        launch=launch,
+    )  # fmt: skip
 
 
 def run(
+    context: typer.Context,
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     allow: AllowOption = "",
@@ -123,7 +159,10 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Do all of it; the same command again goes on where it stopped."""
-    _step("run", lambda run: run.all(), recipe, overrides, allow, as_json, quiet)
+    _step(
+        "run", lambda run: run.all(), recipe, overrides, allow, as_json, quiet,
+        launch=context.find_object(Launch),
+    )  # fmt: skip
 
 
 def report(
@@ -152,16 +191,29 @@ def _step(
     allow: str,
     as_json: bool,
     quiet: bool,
+    *,
+    launch: Launch | None = None,
+    shard: str = "",
 ) -> None:
     from selectune.recipe import load_recipe
 
     loaded = load_recipe(need_recipe(recipe, verb), overrides or ())
     allowed = read_allow(allow)
+    part = read_part(shard, launch, allow=allow)
+    leads = launch is None or launch.is_leader
 
     def action(progress: Progress) -> Result:
         # Imported only now: a wrong recipe is told in half a second, torch takes longer.
         from selectune.run import Run
 
-        return step(Run(loaded, out=Path(loaded.output), allow=allowed, progress=progress))
+        if launch is not None:
+            take_gpu(launch)
+        run = Run(loaded, out=Path(loaded.output), allow=allowed, progress=progress)
+        if part is None:
+            return step(run)
+        if leads:
+            run.refuse_early(verb)
+        shared = run.share(part)
+        return step(run) if part.is_leader else shared
 
-    perform(action, as_json=as_json, is_quiet=quiet)
+    perform(action, as_json=as_json, is_quiet=quiet or not leads, prints=leads)

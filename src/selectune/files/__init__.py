@@ -11,16 +11,20 @@ Folders that others write in place get their manifest by `seal`; single files go
 `write_file`.
 """
 
+from selectune.files.claims import Alone, Crew, Hands
 from selectune.files.disk import MANIFEST, sha256_file
 from selectune.files.kill import CRASH_AT, KillPoint, kill_point, passes
 from selectune.files.opened import Opened, is_complete, open_dir
-from selectune.files.rundir import check_free_space, lock, sweep
+from selectune.files.rundir import check_free_space, lock, share, sweep
 from selectune.files.single import write_file
 from selectune.files.stage import StagedDir, refuse_other_result, seal, staged
 
 __all__ = [
     "CRASH_AT",
     "MANIFEST",
+    "Alone",
+    "Crew",
+    "Hands",
     "KillPoint",
     "Opened",
     "StagedDir",
@@ -33,6 +37,7 @@ __all__ = [
     "refuse_other_result",
     "seal",
     "sha256_file",
+    "share",
     "staged",
     "sweep",
     "write_file",

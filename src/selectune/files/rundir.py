@@ -1,16 +1,17 @@
 """A run folder as a whole: one writer at a time, no left-overs, enough room."""
 
-import errno
 import fcntl
 import os
 import shutil
 import socket
+import time
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from selectune.errors import StorageError
+from selectune.files.claims import NO_LOCKS
 from selectune.files.disk import (
     exists,
     is_temp_name,
@@ -22,6 +23,8 @@ from selectune.files.disk import (
     storage_errors,
     write_all,
 )
+
+_SIGNING_TRIES, _SIGNING_SECONDS = 20, 0.1
 
 
 def sweep(path: Path) -> list[Path]:
@@ -86,42 +89,106 @@ def _size(n_bytes: int) -> str:
 
 
 @contextmanager
-def lock(path: Path) -> Generator[None]:
+def lock(path: Path, *, waits: bool = False, launch: str = "") -> Generator[None]:
     """Hold a run folder for this process: one writer at a time.
 
     The kernel drops the lock when the process ends, however it ends; the lock file stays.
 
     Args:
         path: the run folder; created when missing.
+        waits: wait for other processes to leave it, instead of refusing.
+        launch: the launch that this process leads, for others of it to read.
 
     Raises:
         StorageError: another process holds it, or the folder cannot be written.
     """
-    with storage_errors(path):
-        make_dirs(path)
-        fd = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    fd = _open_lock(path)
     try:
-        with storage_errors(path):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
-                raise StorageError(
-                    f"{path.name or path} is in use by another process",
-                    where=str(path),
-                    why=f"the lock is held by {holder or 'a process that has just started'}",
-                    do="wait until it is done, or give this run another output folder",
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
-                    raise
-                warnings.warn(
-                    f"{path} lies on a file system without locks: "
-                    "see to it that one process at a time writes there",
-                    stacklevel=3,
-                )
-            os.ftruncate(fd, 0)
-            write_all(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        if not _take(fd, path, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB)):
+            raise _in_use(fd, path)
+        _sign(fd, path, f", leader of {launch}" if launch else "")
         yield
     finally:
         os.close(fd)
+
+
+@contextmanager
+def share(path: Path, *, launch: str = "") -> Generator[bool]:
+    """Hold a run folder together with others that share its work, and keep its writer out.
+
+    Args:
+        path: the run folder; created when missing.
+        launch: the launch that this process belongs to.
+
+    Yields:
+        Whether it is held; False where the leader of this launch already writes there alone,
+        because nothing is left to share.
+
+    Raises:
+        StorageError: another process writes there, or the folder cannot be written.
+    """
+    fd = _open_lock(path)
+    try:
+        is_held = _join(fd, path, launch)
+        if is_held:
+            _sign(fd, path, ", which scores with others")
+        yield is_held
+    finally:
+        os.close(fd)
+
+
+def _join(fd: int, path: Path, launch: str) -> bool:
+    for _ in range(_SIGNING_TRIES if launch else 1):
+        if _take(fd, path, fcntl.LOCK_SH | fcntl.LOCK_NB):
+            return True
+        if launch and _holder(fd).endswith(f", leader of {launch}"):
+            return False
+        if launch:  # a writer signs a moment after it has the lock
+            time.sleep(_SIGNING_SECONDS)
+    raise _in_use(fd, path)
+
+
+def _open_lock(path: Path) -> int:
+    with storage_errors(path):
+        make_dirs(path)
+        return os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+
+def _take(fd: int, path: Path, how: int) -> bool:
+    """Return whether the lock was free; on a file system without locks it always is."""
+    with storage_errors(path):
+        try:
+            fcntl.flock(fd, how)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(
+                f"{path} lies on a file system without locks: "
+                "see to it that one process at a time writes there",
+                stacklevel=5,
+            )
+    return True
+
+
+def _sign(fd: int, path: Path, more: str) -> None:
+    with storage_errors(path):
+        os.ftruncate(fd, 0)
+        text = f"process {os.getpid()} on {socket.gethostname()}{more}\n"
+        # At the start, wherever others that share the folder have written.
+        os.lseek(fd, 0, os.SEEK_SET)
+        write_all(fd, text.encode())
+
+
+def _holder(fd: int) -> str:
+    return os.pread(fd, 300, 0).decode(errors="replace").strip()
+
+
+def _in_use(fd: int, path: Path) -> StorageError:
+    return StorageError(
+        f"{path.name or path} is in use by another process",
+        where=str(path),
+        why=f"the lock is held by {_holder(fd) or 'a process that has just started'}",
+        do="wait until it is done, or give this run another output folder",
+    )

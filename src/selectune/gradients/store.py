@@ -7,12 +7,14 @@
       pool/              which shards make up the finished pass
 
 A shard is a fixed set of whole batches, laid out from all lengths before the first one runs, so a
-killed pass, a resumed one and one shared by several processes compute the same numbers. From the
+killed pass, a resumed one and one shared by several processes compute the same numbers. Processes
+that share a pass claim its parts one by one: the targets, each shard, the list at the end. From the
 finished store any rank, aggregate, grouping or budget follows without another gradient.
 """
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from torch import Tensor
 from selectune.data import Tokens, collate, length_sorted_batches
 from selectune.errors import CorruptFileError, DataError, IncompatibleRunError
 from selectune.files import (
+    Alone,
+    Hands,
     KillPoint,
     Opened,
     check_free_space,
@@ -47,7 +51,7 @@ from selectune.gradients.products import (
     target_features,
 )
 from selectune.gradients.projection import Projection
-from selectune.progress import Progress
+from selectune.progress import Advance, Progress
 
 # Dense gradients of a target batch are written out one parameter at a time; few examples keep a
 # batch of them small beside the model.
@@ -76,6 +80,20 @@ class StoredPool:
     def of_task(self, task: str) -> GradientFacts:
         """Return the facts of one task's targets alone."""
         return self.facts.of([j for j, name in enumerate(self.tasks) if name == task])
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """How far a pass is, and how many of its shards this process has computed."""
+
+    n_computed: int
+    n_done: int
+    n_shards: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every shard is on disk."""
+        return self.n_done == self.n_shards
 
 
 class GradientStore:
@@ -122,38 +140,97 @@ class GradientStore:
             CorruptFileError: a finished part is damaged.
             StorageError: the disk cannot take the target gradients.
         """
-        if self.is_complete():
-            return self.load(targets)
-        sizes = {name: p.numel() for name, p in engine.parameters.items()}
-        n_bytes = 4 * len(targets) * (sum(sizes.values()) + len(pool)) + 64 * len(pool)
-        file = self._directions
-        there = file.stat().st_size if file.exists() else 0
-        check_free_space(self.path, max(0, n_bytes - there))
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self._has("targets", "targets"):
-            self._check_directions()
-        with Directions(file, sizes, len(targets), _device(engine)) as directions:
-            if not self._has("targets", "targets"):
-                self._run_targets(engine, targets, directions, pad_id, progress, projection)
-            products = _products(engine, directions, len(targets), adam, projection)
-            shards = _shards([len(t.input_ids) for t in pool], token_budget, shard_examples)
-            with progress.phase("pool gradients", len(pool), "examples") as advance:
-                for k, batches in enumerate(shards):
-                    name = f"shard-{k:05d}"
-                    if not self._has(name, "shard"):
-                        columns = _empty_columns()
-                        for batch in batches:
-                            items = [pool[i] for i in batch]
-                            _run_batch(engine, items, products, pad_id, columns)
-                            advance(len(items))
-                        self._write_shard(name, columns, products)
-                        kill_point(KillPoint.STORE_SHARD_DONE)
-                    else:
-                        advance(sum(len(batch) for batch in batches))
-        meta = {"identity": self._identity, "n_shards": len(shards), "n_examples": len(pool)}
-        with staged(self.path / "pool", kind="pool", meta=meta) as stage:
-            stage.write_json("ids.json", [t.id for t in pool])
+        self.work(
+            engine,
+            pool,
+            targets,
+            pad_id=pad_id,
+            token_budget=token_budget,
+            shard_examples=shard_examples,
+            progress=progress,
+            adam=adam,
+            projection=projection,
+        )
         return self.load(targets)
+
+    def work(
+        self,
+        engine: GradientEngine,
+        pool: Sequence[Tokens],
+        targets: Sequence[Target],
+        *,
+        pad_id: int,
+        token_budget: int,
+        shard_examples: int,
+        progress: Progress,
+        adam: AdamSteps | None = None,
+        projection: Projection | None = None,
+        hands: Hands | None = None,
+    ) -> Worked:
+        """Run what is missing of the pass and is this process's to do.
+
+        Args:
+            engine: as for `compute`, and so are the arguments up to `projection`.
+            pool: the candidates.
+            targets: of all tasks together.
+            pad_id: token id for padding.
+            token_budget: padded tokens in one batch.
+            shard_examples: examples in one shard, at least a batch.
+            progress: told of every example.
+            adam: the form in which pool gradients are compared.
+            projection: of all gradients, before they are compared.
+            hands: says which parts are this process's; None: all of them.
+
+        Returns:
+            How far the pass is now. It can be read (`load`) once it is complete.
+
+        Raises:
+            IncompatibleRunError: the folder holds a pass of another identity.
+            CorruptFileError: a finished part is damaged.
+            StorageError: the disk cannot take the target gradients.
+        """
+        hands = hands or Alone()
+        shards = _shards([len(t.input_ids) for t in pool], token_budget, shard_examples)
+        everything = Worked(0, len(shards), len(shards))
+        if self.is_complete():
+            return everything
+        with ExitStack() as stack:
+            with hands.turn(self._part("targets"), lambda: self._has("targets", "targets")):
+                # Others may have ended the pass since, and its directions are gone with that.
+                if self.is_complete():
+                    return everything
+                directions = stack.enter_context(self._room(engine, len(pool), len(targets)))
+                if not self._has("targets", "targets"):
+                    self._run_targets(engine, targets, directions, pad_id, progress, projection)
+                else:
+                    _probe_as_the_first(engine, targets, pool, shards, pad_id)
+            products = _products(engine, directions, len(targets), adam, projection)
+            n_computed, left = 0, list(range(len(shards)))
+            with progress.phase("pool gradients", len(pool), "examples") as advance:
+                while left:
+                    busy: list[int] = []
+                    for k in left:
+                        batches = [[pool[i] for i in batch] for batch in shards[k]]
+                        n = self._shard(engine, k, batches, products, pad_id, hands, advance)
+                        if n is None:
+                            busy.append(k)
+                        else:
+                            n_computed += n
+                    if len(busy) == len(left):
+                        if not hands.waits:
+                            break
+                        part = self._part(_shard_name(busy[0]))
+                        with hands.turn(part, lambda: False):
+                            pass  # done by now, or its process has died and it is free
+                    left = busy
+        left = [k for k in left if not self._has(_shard_name(k), "shard")]
+        if not left:
+            meta = {"identity": self._identity, "n_shards": len(shards), "n_examples": len(pool)}
+            with hands.turn(self._part("targets"), lambda: True):
+                if not self.is_complete():
+                    with staged(self.path / "pool", kind="pool", meta=meta) as stage:
+                        stage.write_json("ids.json", [t.id for t in pool])
+        return Worked(n_computed, len(shards) - len(left), len(shards))
 
     def is_stale(self) -> bool:
         """Return whether the folder holds a pass of another identity, finished or not."""
@@ -190,7 +267,7 @@ class GradientStore:
         tables: list[pa.Table] = []
         dots: list[np.ndarray] = []
         for k in range(done.meta["n_shards"]):
-            shard = self._open(f"shard-{k:05d}", "shard")
+            shard = self._open(_shard_name(k), "shard")
             tables.append(shard.read_table("examples.parquet"))
             dots.append(_numpy(shard.read_tensors("dots.safetensors")["dots"]))
         table = pa.concat_tables(tables)
@@ -215,6 +292,50 @@ class GradientStore:
     @property
     def _directions(self) -> Path:
         return self.path / "directions.bin"
+
+    def _part(self, name: str) -> str:
+        return f"{self.path.name}/{name}"
+
+    def _room(self, engine: GradientEngine, n_pool: int, n_targets: int) -> Directions:
+        """Make room for the pass, and open its target gradients where they are still good."""
+        sizes = {name: p.numel() for name, p in engine.parameters.items()}
+        n_bytes = 4 * n_targets * (sum(sizes.values()) + n_pool) + 64 * n_pool
+        file = self._directions
+        there = file.stat().st_size if file.exists() else 0
+        check_free_space(self.path, max(0, n_bytes - there))
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._has("targets", "targets"):
+            self._check_directions()
+        return Directions(file, sizes, n_targets, _device(engine))
+
+    def _shard(
+        self,
+        engine: GradientEngine,
+        k: int,
+        batches: Sequence[Sequence[Tokens]],
+        products: Products,
+        pad_id: int,
+        hands: Hands,
+        advance: Advance,
+    ) -> int | None:
+        """Compute a shard that is missing and ours; return how many that were, None: not ours."""
+        name, n_examples = _shard_name(k), sum(map(len, batches))
+        if self._has(name, "shard"):
+            advance(n_examples)
+            return 0
+        with hands.claim(self._part(name), k) as is_ours:
+            if not is_ours:
+                return None
+            if self._has(name, "shard"):  # since we looked
+                advance(n_examples)
+                return 0
+            columns = _empty_columns()
+            for items in batches:
+                _run_batch(engine, items, products, pad_id, columns)
+                advance(len(items))
+            self._write_shard(name, columns, products)
+            kill_point(KillPoint.STORE_SHARD_DONE)
+        return 1
 
     def _check_directions(self) -> None:
         """Drop targets whose directions are gone: they have to be run again.
@@ -304,6 +425,28 @@ class GradientStore:
         with staged(self.path / name, kind="shard", meta={"identity": self._identity}) as stage:
             stage.write_table("examples.parquet", table)
             stage.write_tensors("dots.safetensors", {"dots": dots})
+
+
+def _shard_name(k: int) -> str:
+    return f"shard-{k:05d}"
+
+
+def _probe_as_the_first(
+    engine: GradientEngine,
+    targets: Sequence[Target],
+    pool: Sequence[Tokens],
+    shards: Sequence[Sequence[Sequence[int]]],
+    pad_id: int,
+) -> None:
+    """Probe the engine on the batch on which the process that ran the targets probed its own.
+
+    What fails the probe takes another route to its numbers, with other roundings.
+    """
+    items = [t.tokens for t in targets[:_TARGET_BATCH]]
+    if len(items) == 1:  # no last word: see `GradientEngine.probe`
+        batches = (batch for shard in shards for batch in shard if len(batch) > 1)
+        items = [pool[i] for i in next(batches, [])] or items
+    engine.probe(collate(items, pad_id=pad_id, device=_device(engine)))
 
 
 def _empty_columns() -> dict[str, list[Any]]:
