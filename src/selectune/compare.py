@@ -333,8 +333,9 @@ class _Grid:
 
     def transfer_table(self, bases: Mapping[str, Evaluation]) -> list[TransferRow]:
         """Return what training on one task did to the others; nothing unless asked for."""
-        if set(self._elsewhere) != set(self.tasks):
-            return []  # a round-robin is over the same tasks twice
+        # A round-robin trains on the tasks that it tests on, two at least.
+        if set(self._elsewhere) != set(self.tasks) or len(self.tasks) < 2:
+            return []
         ground = self.ground(self.matrix.seeds[0])
         untouched: dict[Scoring, Mapping[str, Evaluation | Generation]] = {"likelihood": bases}
         if self.recipe.evaluate.generate:

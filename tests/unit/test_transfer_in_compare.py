@@ -188,5 +188,7 @@ def test_models_may_be_tested_on_named_tasks_alone(tmp_path: Path) -> None:
     assert not found.transfers  # a round-robin trains on every task that it tests on
     cell = json.loads((tmp_path / "run/cells/gallop-sums-seed-0/cell.json").read_text())
     assert list(cell["likelihood"]) == ["colours", "sums"]
+    alone = grid(path, "matrix.targets=[sums]", "matrix.transfer=[sums]", "matrix.seeds=[0]")
+    assert not alone.transfers
     with pytest.raises(ConfigError, match='"tea" is no target'):
         load_recipe(path, ["matrix.transfer=[colours, tea]"])
