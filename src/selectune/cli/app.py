@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from selectune.cli import exchange, grid, offsite, steps, tools, weights
+from selectune.cli.shell import LAUNCH
 from selectune.errors import ConfigError, SelectuneError, nearest
 from selectune.processes import take_launch
 
@@ -96,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             others = launch.world - 1
             print(f"one process does this; {others} more have nothing to do", file=sys.stderr)
             launch = None
+        LAUNCH.set(launch)
         # Calling `app` itself would put typer's own excepthook in place of ours.
-        typer.main.get_command(app)(args=words, prog_name="selectune", obj=launch)
+        typer.main.get_command(app)(args=words, prog_name="selectune")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except SelectuneError as error:

@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
 import typer
 
 from selectune.errors import ConfigError, nearest
+from selectune.processes import Launch
 from selectune.progress import Progress, Silent
 
 RecipeArgument = Annotated[
@@ -38,6 +40,9 @@ AllowOption = Annotated[
         show_default=False,
     ),
 ]
+
+LAUNCH: ContextVar[Launch | None] = ContextVar("LAUNCH", default=None)
+"""The launch that this process belongs to, as `main` found it; None where it is the only one."""
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ import typer
 
 from selectune.cli import grid, offsite
 from selectune.cli.shell import (
+    LAUNCH,
     AllowOption,
     DebugOption,
     JsonOption,
@@ -64,7 +65,6 @@ def plan(
 
 
 def score(
-    context: typer.Context,
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     shard: ShardOption = "",
@@ -76,12 +76,11 @@ def score(
     """Score every example of the pool."""
     _step(
         "score", lambda run: run.score(), recipe, overrides, allow, as_json, quiet,
-        launch=context.find_object(Launch), shard=shard,
+        launch=LAUNCH.get(), shard=shard,
     )  # fmt: skip
 
 
 def select(
-    context: typer.Context,
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     allow: AllowOption = "",
@@ -92,12 +91,11 @@ def select(
     """Choose examples by their scores, with reasons."""
     _step(
         "select", lambda run: run.select(), recipe, overrides, allow, as_json, quiet,
-        launch=context.find_object(Launch),
+        launch=LAUNCH.get(),
     )  # fmt: skip
 
 
 def tune(
-    context: typer.Context,
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     allow: AllowOption = "",
@@ -112,12 +110,11 @@ def tune(
     recipe, overrides = offsite.with_package(recipe, overrides, "tune")
     _step(
         "tune", lambda run: run.tune(), recipe, overrides, allow, as_json, quiet,
-        launch=context.find_object(Launch),
+        launch=LAUNCH.get(),
     )  # fmt: skip
 
 
 def evaluate(
-    context: typer.Context,
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     plugged: offsite.PluggedOption = None,
@@ -134,7 +131,7 @@ def evaluate(
     then is model.base.
     """
     recipe, overrides = offsite.with_package(recipe, overrides, "evaluate")
-    launch = context.find_object(Launch)
+    launch = LAUNCH.get()
     if plugged is not None or original is not None or openly is not None:
         if launch is not None and not launch.is_leader:
             return  # scores nothing
@@ -150,7 +147,6 @@ def evaluate(
 
 
 def run(
-    context: typer.Context,
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     allow: AllowOption = "",
@@ -161,7 +157,7 @@ def run(
     """Do all of it; the same command again goes on where it stopped."""
     _step(
         "run", lambda run: run.all(), recipe, overrides, allow, as_json, quiet,
-        launch=context.find_object(Launch),
+        launch=LAUNCH.get(),
     )  # fmt: skip
 
 
