@@ -16,7 +16,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist workst
 
 help:
 	@echo "make demo      the main job on a real model and real tasks, under 12 minutes on 2 cores"
-	@echo "make test      the test suite, about 15 minutes on 2 cores"
+	@echo "make test      the test suite, about 20 minutes on 2 cores"
 	@echo "make test-all  the slow tests too: the real model, long random kills"
 	@echo "make bench     every benchmark; BENCH_FLAGS=--quick for a short look"
 	@echo "make docs      the site, into site/; it needs no network to be read"
