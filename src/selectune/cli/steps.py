@@ -20,7 +20,7 @@ from selectune.cli.shell import (
     perform,
     read_allow,
 )
-from selectune.processes import Launch, read_part, take_gpu
+from selectune.processes import read_part, take_gpu
 from selectune.progress import Progress
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def score(
     """Score every example of the pool."""
     _step(
         "score", lambda run: run.score(), recipe, overrides, allow, as_json, quiet,
-        launch=LAUNCH.get(), shard=shard,
+        shard=shard,
     )  # fmt: skip
 
 
@@ -89,10 +89,7 @@ def select(
     debug: DebugOption = False,
 ) -> None:
     """Choose examples by their scores, with reasons."""
-    _step(
-        "select", lambda run: run.select(), recipe, overrides, allow, as_json, quiet,
-        launch=LAUNCH.get(),
-    )  # fmt: skip
+    _step("select", lambda run: run.select(), recipe, overrides, allow, as_json, quiet)
 
 
 def tune(
@@ -108,10 +105,7 @@ def tune(
     RECIPE may stand behind the folder of a package, which then is model.base.
     """
     recipe, overrides = offsite.with_package(recipe, overrides, "tune")
-    _step(
-        "tune", lambda run: run.tune(), recipe, overrides, allow, as_json, quiet,
-        launch=LAUNCH.get(),
-    )  # fmt: skip
+    _step("tune", lambda run: run.tune(), recipe, overrides, allow, as_json, quiet)
 
 
 def evaluate(
@@ -131,8 +125,8 @@ def evaluate(
     then is model.base.
     """
     recipe, overrides = offsite.with_package(recipe, overrides, "evaluate")
-    launch = LAUNCH.get()
     if plugged is not None or original is not None or openly is not None:
+        launch = LAUNCH.get()
         if launch is not None and not launch.is_leader:
             return  # scores nothing
         offsite.evaluate(
@@ -140,10 +134,7 @@ def evaluate(
             allow=allow, as_json=as_json, is_quiet=quiet,
         )  # fmt: skip
         return
-    _step(
-        "evaluate", lambda run: run.evaluate(), recipe, overrides, allow, as_json, quiet,
-        launch=launch,
-    )  # fmt: skip
+    _step("evaluate", lambda run: run.evaluate(), recipe, overrides, allow, as_json, quiet)
 
 
 def run(
@@ -155,10 +146,7 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Do all of it; the same command again goes on where it stopped."""
-    _step(
-        "run", lambda run: run.all(), recipe, overrides, allow, as_json, quiet,
-        launch=LAUNCH.get(),
-    )  # fmt: skip
+    _step("run", lambda run: run.all(), recipe, overrides, allow, as_json, quiet)
 
 
 def report(
@@ -188,13 +176,13 @@ def _step(
     as_json: bool,
     quiet: bool,
     *,
-    launch: Launch | None = None,
     shard: str = "",
 ) -> None:
     from selectune.recipe import load_recipe
 
     loaded = load_recipe(need_recipe(recipe, verb), overrides or ())
     allowed = read_allow(allow)
+    launch = LAUNCH.get()  # None for verbs that are not SHARED
     part = read_part(shard, launch, allow=allow)
     leads = launch is None or launch.is_leader
 
