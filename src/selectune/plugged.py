@@ -19,8 +19,8 @@ from selectune.offsite.standing import Standing, Who, standing
 from selectune.prepare import DemoNames
 from selectune.progress import Progress
 from selectune.recipe import Recipe, load_recipe
-from selectune.record import read_run
 from selectune.run import Run, need_heldout
+from selectune.verification import read_run
 
 STANDING = "standing.json"
 

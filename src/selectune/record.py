@@ -15,10 +15,9 @@ from selectune.errors import CorruptFileError, IncompatibleRunError
 from selectune.files import sha256_file, write_file
 from selectune.measure import Measured
 from selectune.recipe import Recipe
+from selectune.verification import FORMAT, check_file, read_run
 
-FORMAT = 1
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
-FIELDS = ("format", "selectune", "libraries", "hardware", "inputs", "seed", "steps")
 
 
 def versions() -> dict[str, str]:
@@ -165,67 +164,6 @@ def _difference(old: Any, new: Any) -> str:  # noqa: ANN401
         names = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         return ", ".join(f"{k} {old.get(k)} then, {new.get(k)} now" for k in names)
     return f"{old} then, {new} now"
-
-
-def check_file(path: Path, expected: str) -> None:
-    """Raise CorruptFileError where a file is missing or has another sha256 than `expected`."""
-    actual = sha256_file(path) if path.is_file() else "no such file"
-    if actual != expected:
-        raise CorruptFileError(
-            f"{path.name} is not the file that the run wrote",
-            where=str(path),
-            why=f"expected sha256 {expected}, found {actual}",
-            do="restore it, or remove the step's entry in run.json's folder by starting anew",
-        )
-
-
-def read_run(out: Path) -> dict[str, Any]:
-    """Return a folder's run.json.
-
-    Raises:
-        CorruptFileError: it is no run.json of ours.
-        IncompatibleRunError: a newer selectune wrote it.
-    """
-    path = out / "run.json"
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorruptFileError(
-            "run.json cannot be read", where=str(path), why=str(error), do="start the run anew"
-        ) from error
-    missing = [f for f in FIELDS if f not in data] if isinstance(data, dict) else list(FIELDS)
-    if missing:
-        raise CorruptFileError(
-            f"run.json lacks {', '.join(missing)}", where=str(path), do="start the run anew"
-        )
-    if not _is_sound(data["format"], data["steps"], data["inputs"], data["libraries"]):
-        raise CorruptFileError(
-            "run.json is not as selectune writes it", where=str(path), do="start the run anew"
-        )
-    if data["format"] > FORMAT:
-        raise IncompatibleRunError(
-            "run.json was written by a newer selectune",
-            where=str(path),
-            why=f"its format is {data['format']}, this version reads up to {FORMAT}",
-            do="upgrade selectune",
-        )
-    return data
-
-
-def _is_sound(version: object, steps: object, *plain: object) -> bool:
-    """Return whether what other code reads of run.json has the types that `Record` wrote."""
-    if type(version) is not int or not all(isinstance(part, dict) for part in plain):
-        return False
-    if not isinstance(steps, dict):
-        return False
-    shape = {"fingerprint": str, "files": dict, "cost": dict, "facts": dict}
-    return all(
-        isinstance(step, dict)
-        and all(isinstance(step.get(key), kind) for key, kind in shape.items())
-        # Names of files in the run's own folder, and nowhere else.
-        and all(Path(name).name == name for name in step["files"])
-        for step in steps.values()
-    )
 
 
 def _refuse_changes(config: Path, recipe: Recipe, allow: Sequence[str]) -> None:

@@ -7,7 +7,6 @@ run.json. The same command again goes on where the last one stopped.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from selectune.arms import (
     control_selection,
     tune_arm,
 )
-from selectune.errors import ConfigError, CorruptFileError, DataError, SelectuneError
+from selectune.errors import ConfigError, CorruptFileError, DataError
 from selectune.evaluation import Evaluation, Verdict, check_questions, together, verdict
 from selectune.files import (
     MANIFEST,
@@ -35,7 +34,6 @@ from selectune.files import (
     is_complete,
     kill_point,
     lock,
-    open_dir,
     sha256_file,
     share,
     sweep,
@@ -56,7 +54,7 @@ from selectune.processes import Part
 from selectune.progress import Progress, Silent
 from selectune.recipe import Recipe
 from selectune.recipe_methods import PLAIN
-from selectune.record import Record, check_file, read_run
+from selectune.record import Record
 from selectune.registry import get
 from selectune.report import write_report
 from selectune.scoring import score_pool, share_passes, shares_passes
@@ -644,48 +642,3 @@ def _evaluation_lines(answers: Mapping[str, Mapping[str, Evaluation]], found: Ve
     lines += ["", found.text]
     lines += [f"  try: {advice}" for advice in found.advice]
     return lines
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What `verify` found."""
-
-    ok: bool
-    problems: tuple[str, ...]
-
-
-def verify(out: Path) -> Verification:
-    """Check every file of a run against its checksums, and run.json for every field.
-
-    Raises:
-        ConfigError: the folder holds no run.
-    """
-    if not (out / "run.json").exists():
-        raise ConfigError(
-            f"no run in {out}",
-            where=str(out),
-            why="a run's folder holds run.json",
-            do="give the folder that a recipe's `output` names",
-        )
-    problems: list[str] = []
-    try:
-        run = read_run(out)
-    except SelectuneError as error:
-        return Verification(False, (str(error),))
-    for step in run["steps"].values():
-        for name, expected in step["files"].items():
-            try:
-                check_file(out / name, expected)
-            except SelectuneError as error:
-                problems.append(str(error))
-    for manifest in sorted(out.rglob("manifest.json")):
-        try:
-            kind = json.loads(manifest.read_bytes())["format"].removeprefix("selectune/")
-            opened = open_dir(manifest.parent, kind=kind)
-            for name in opened.names:
-                opened.read_bytes(name)
-        except SelectuneError as error:
-            problems.append(str(error))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{manifest}: no manifest of ours ({error})")
-    return Verification(not problems, tuple(problems))

@@ -1,15 +1,21 @@
 """Close the network of a test process, loopback apart, and of every Python that it starts.
 
+A process that a test starts goes without bitsandbytes too, unless it asks for it.
+
 `tests/conftest.py` imports this file and puts its folder on PYTHONPATH, where a child's interpreter
 looks for `sitecustomize` before it runs anything. An audit hook sees connections that libraries
 make without going through a patched `socket` class, and cannot be taken off again.
 """
 
 import ipaddress
+import os
 import socket
 import sys
 
 _OWN_NAMES = {"", "localhost", "localhost.localdomain", "ip6-localhost", socket.gethostname()}
+
+
+SHOWS_BITSANDBYTES = "SELECTUNE_TESTS_SHOW_BITSANDBYTES"
 
 
 class NetworkUsedError(RuntimeError):
@@ -41,3 +47,8 @@ def _refuse_network(event: str, args: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_refuse_network)
+
+# peft imports it wherever it is installed, which takes as long as torch itself; the tests of
+# quantised models run inside of pytest.
+if "PYTEST_CURRENT_TEST" in os.environ and SHOWS_BITSANDBYTES not in os.environ:
+    sys.modules["bitsandbytes"] = None  # pyright: ignore[reportArgumentType]

@@ -18,7 +18,8 @@ from selectune.errors import (
 from selectune.models import Base
 from selectune.progress import Silent
 from selectune.recipe import ModelSection, Recipe, load_recipe
-from selectune.run import Run, verify
+from selectune.run import Run
+from selectune.verification import verify
 from small_run import small_recipe
 from workspace import save_model
 

@@ -103,10 +103,10 @@ def verify(
                 why="only a delta is made on a base",
                 do="leave --base out, or give the folder of a delta",
             )
-        from selectune import run
+        from selectune import verification
         from selectune.cli.listing import Listing
 
-        found = run.verify(out)
+        found = verification.verify(out)
         return Listing(
             {"ok": found.ok, "folder": str(out), "problems": list(found.problems)},
             _verdict(out, tuple(found.problems)),

@@ -17,6 +17,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
     fake = FakeSteps()
     run = types.ModuleType("selectune.run")
     compare = types.ModuleType("selectune.compare")
+    verification = types.ModuleType("selectune.verification")
 
     class Run:
         def __init__(
@@ -41,8 +42,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
         fake.calls.append(("compare", out, recipe))
         return FakeResult("compare", out)
 
-    run.Run, run.verify, compare.compare = Run, verify, compare_all
-    for name, module in (("run", run), ("compare", compare)):
+    run.Run, verification.verify, compare.compare = Run, verify, compare_all
+    for name, module in (("run", run), ("verification", verification), ("compare", compare)):
         monkeypatch.setitem(sys.modules, f"selectune.{name}", module)
         monkeypatch.setattr(f"selectune.{name}", module, raising=False)
     return fake

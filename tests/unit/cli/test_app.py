@@ -169,3 +169,15 @@ def test_numbers_that_json_lacks_become_null(
 ) -> None:
     assert main(["run", recipe, "--json"]) == 0
     assert json.loads(capfd.readouterr().out) == {"step": "all", "out": "runs/demo", "loss": None}
+
+
+def test_what_bitsandbytes_says_when_peft_imports_it_reaches_nobody() -> None:
+    pytest.importorskip("bitsandbytes")
+    code = "from selectune.cli import main; main(['--version']); import peft, bitsandbytes"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SELECTUNE_TESTS_SHOW_BITSANDBYTES": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

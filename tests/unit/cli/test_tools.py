@@ -1,6 +1,8 @@
 """The verbs around a run tell what the registry, the schema and the files say."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,17 @@ def test_verify_takes_a_run_or_its_recipe(
     assert main(["verify", word]) == 0
     assert steps.calls == [("verify", Path("runs/demo"), None)]
     assert "every file" in capfd.readouterr().out
+
+
+def test_verify_waits_for_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        f"from selectune.cli import main; sys.exit(main(['verify', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "run.json lacks format" in done.stdout
 
 
 def test_verify_exits_1_and_names_each_problem(

@@ -19,7 +19,8 @@ from selectune.package_recipe import fitted
 from selectune.plan import make_plan
 from selectune.progress import Silent
 from selectune.recipe import load_owner_recipe, load_recipe
-from selectune.run import Run, verify
+from selectune.run import Run
+from selectune.verification import verify
 
 PLAIN = ("score.method=random", "tune.controls=[]", "tune.epochs=1", "tune.save_every=null")
 LORA = "adapter={kind: lora, rank: 2, modules: [q_proj, v_proj]}"

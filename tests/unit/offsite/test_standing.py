@@ -14,7 +14,8 @@ from selectune.offsite.standing import standing
 from selectune.plugged import STANDING, evaluate_plugged
 from selectune.progress import Silent
 from selectune.recipe import Recipe, load_owner_recipe, load_recipe
-from selectune.run import Run, verify
+from selectune.run import Run
+from selectune.verification import verify
 from unit.offsite.test_table import answers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*moved by more than their own norm")
