@@ -1,5 +1,6 @@
 """An owner's `emulate`, killed between two layers and started again, ends in the same weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,32 @@ def weights(folder: Path) -> str:
     return fingerprint(load_emulator(folder / "made/package").state_dict())
 
 
+@pytest.fixture(scope="module")
+def cli() -> Iterator[WarmCli]:
+    with WarmCli() as warm:
+        yield warm
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cli: WarmCli, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights of an emulator whose making nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = cli("emulate", owner_recipe(folder))
+    assert (done.code, done.err) == (0, "")
+    assert done.passes["emulate.layer_done"] == 2
+    return weights(folder)
+
+
 @pytest.mark.parametrize("sign", ["KILL", "TERM"])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_killed_emulate_goes_on(point: str, sign: str, tmp_path: Path) -> None:
-    with WarmCli() as cli:
-        whole = cli("emulate", owner_recipe(tmp_path / "whole"))
-        assert (whole.code, whole.err) == (0, "")
-        assert whole.passes["emulate.layer_done"] == 2
-        recipe = owner_recipe(tmp_path / "broken")
-        crashed = cli("emulate", recipe, env={CRASH_AT: f"{point}:{sign}"})
-        assert crashed.code == {"KILL": -9, "TERM": 130}[sign]
-        again = cli("emulate", recipe)
-        assert (again.code, again.err) == (0, "")
-    made = tmp_path / "broken/made"
+def test_a_killed_emulate_goes_on(
+    point: str, sign: str, cli: WarmCli, tmp_path: Path, undisturbed: str
+) -> None:
+    recipe = owner_recipe(tmp_path)
+    crashed = cli("emulate", recipe, env={CRASH_AT: f"{point}:{sign}"})
+    assert crashed.code == {"KILL": -9, "TERM": 130}[sign]
+    again = cli("emulate", recipe)
+    assert (again.code, again.err) == (0, "")
+    made = tmp_path / "made"
     assert sorted(p.name for p in made.iterdir() if p.name != ".lock") == ["owner", "package"]
-    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+    assert weights(tmp_path) == undisturbed
