@@ -24,6 +24,7 @@ import pyarrow as pa
 from selectune.answered import evaluate_arm
 from selectune.arms import BASE, SELECTED
 from selectune.emulation import Emulation
+from selectune.emulator_story import write_pages
 from selectune.evaluation import Evaluation, Metric
 from selectune.evaluation.options import COLUMNS
 from selectune.files import open_dir, write_file
@@ -33,7 +34,6 @@ from selectune.offsite.emulate import OWNER as OWNER_PART
 from selectune.offsite.emulate import PACKAGE
 from selectune.offsite.manifests import OwnerRecord
 from selectune.offsite.package import OWNER_KIND
-from selectune.offsite.page import write_pages
 from selectune.offsite.plugin import plug_files
 from selectune.offsite.table import Offsite, OffsiteTable, offsite_table
 from selectune.prepare import DemoNames

@@ -437,7 +437,7 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
         )
         write_file(out / "table.json", json.dumps(table.to_json(), indent=1).encode())
         write_file(out / "table.csv", table.to_csv().encode())
-        write_file(out / "table.md", ("\n".join(table.lines()[:-3]) + "\n").encode())
+        write_file(out / "table.md", ("\n".join(table.tables()) + "\n").encode())
         page = write_page(table, matrix.seeds)
         files = ["table.json", "table.csv", "table.md", page.name]
         made = digest({"rows": [row.to_json() for row in table.rows]})

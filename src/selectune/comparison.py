@@ -146,7 +146,12 @@ class ComparisonTable:
         return found
 
     def lines(self) -> list[str]:
-        """Return it as a Markdown table, widths aligned."""
+        """Return the tables, and where they lie."""
+        files = ", ".join(str(self.out / name) for name in ("table.md", "table.json"))
+        return [*self.tables(), "", f"table: {files}", f"report: {self.out / 'report.html'}"]
+
+    def tables(self) -> list[str]:
+        """Return it as Markdown tables, widths aligned."""
         head = (
             "task", "method", "answer loss", "accuracy", "precision", "loss - random [95 %]",
             "accuracy - random [95 %]", "loss - base [95 %]", "lr", "epochs", "s / step",
@@ -175,8 +180,7 @@ class ComparisonTable:
             lines += ["", *transfer_lines(self.transfers)]
         if self.texts:
             lines += ["", *text_lines(self.texts)]
-        files = ", ".join(str(self.out / name) for name in ("table.md", "table.json"))
-        return [*lines, "", f"table: {files}", f"report: {self.out / 'report.html'}"]
+        return lines
 
     def to_csv(self) -> str:
         """Return it as CSV, an interval as three columns."""

@@ -149,8 +149,8 @@ def report(folder: Path, *, as_json: bool, is_quiet: bool) -> None:
 
     def action(_: Progress) -> Result:
         from selectune.cli.listing import Listing
+        from selectune.emulator_story import write_pages
         from selectune.offsite.emulate import OWNER, PACKAGE
-        from selectune.offsite.page import write_pages
 
         pages = [str(page) for page in write_pages(folder, OWNER, PACKAGE)]
         return Listing({"reports": pages}, tuple(f"report: {page}" for page in pages))

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from selectune.data import Example, Tokens, tokenize
 from selectune.digests import digest
+from selectune.emulator_story import write_page
 from selectune.errors import ConfigError, IncompatibleRunError
 from selectune.files import is_complete, lock, open_dir, sweep
 from selectune.measure import Measured
@@ -32,7 +33,6 @@ from selectune.offsite.layout import Layout
 from selectune.offsite.manifests import OwnerRecord, Terms
 from selectune.offsite.outlook import Compressor, outlook
 from selectune.offsite.package import KIND, OWNER_KIND, save_package
-from selectune.offsite.page import write_page
 from selectune.offsite.work import Work
 from selectune.progress import Progress, Silent
 from selectune.recipe import AdapterSection, ModelSection
