@@ -10,7 +10,7 @@ from selectune.foresee import Outline, outline
 from selectune.ground import Ground
 from selectune.methods.rules import Budget
 from selectune.outcome import Outcome
-from selectune.plan import cost_table
+from selectune.plan import cost_table, training_bytes
 from selectune.prices import Prices, choosing_seconds, n_answers, training_seconds
 from selectune.recipe import MatrixMethod, TuneSection
 from selectune.recipe_methods import FULL
@@ -71,6 +71,9 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
     seconds["evaluation"] = plans.evaluation(final.values(), asked)
     sizes = [sum(plans.outline(one.tuning).trained.values()) for one in trainings.values()]
     keep = max((one.tuning.keep_checkpoints for one in work), default=0)
+    rows = {one.method.name: one.tuning for one in work}
+    memory = {name: plans.memory(tuning) for name, tuning in rows.items()}
+    largest = max(memory, key=lambda name: sum(memory[name].values()))
     facts: dict[str, Any] = {
         "cells": sum(bool(one.tested) for one in work),
         "seeds": len(seeds),
@@ -78,6 +81,8 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
         "trainings": len(trainings),
         "to_choose_settings": len(trainings.keys() - final.keys()),
         "seconds": {cause: round(value, 1) for cause, value in seconds.items()},
+        "largest": largest,
+        "memory_bytes": memory[largest],
         "disk_bytes": {
             "adapters": 4 * sum(sizes),
             "checkpoints, of one training at a time": 12 * keep * max(sizes, default=0),
@@ -106,6 +111,10 @@ class _Plans:
         if key not in self._outlines:
             self._outlines[key] = outline(self.ground, tuning)
         return self._outlines[key]
+
+    def memory(self, tuning: TuneSection) -> dict[str, int]:
+        """Return what a training holds in memory, by cause; the same for every task and seed."""
+        return training_bytes(self.ground, tuning, self.outline(tuning))
 
     @cached_property
     def prices(self) -> Prices:
@@ -198,6 +207,8 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
     return [
         f"grid        {facts['cells']} cells of {parts}",
         f"trainings   at most {facts['trainings']}{some}",
+        f"largest     {facts['largest']}, which the memory is of",
+        *cost_table("memory", facts["memory_bytes"], 1 << 20, "MB"),
         *cost_table("disk", facts["disk_bytes"], 1 << 20, "MB"),
         *cost_table("time", facts["seconds"], 60, "min"),
     ]

@@ -20,7 +20,7 @@ from selectune.methods.rules import Budget
 from selectune.models import blocks, choose_device, choose_precision, load_config
 from selectune.outcome import Outcome
 from selectune.prices import Prices, choosing_seconds, n_answers, training_seconds
-from selectune.recipe import Recipe
+from selectune.recipe import Recipe, TuneSection
 from selectune.recipe_methods import FULL, PLAIN
 from selectune.registry import Need, get
 from selectune.warmup import epochs_run, n_checkpoints
@@ -41,8 +41,6 @@ def make_plan(ground: Ground) -> Outcome:
     """
     recipe = ground.recipe
     device = choose_device(recipe.model.device)
-    precision = choose_precision(recipe.model.dtype, device)
-    config = load_config(ground.assets.model)
     found, scored = outline(ground, recipe.tune), outline(ground)
     refuse_unworkable(ground, [recipe.tune])
     trained, n_base = found.trained, found.n_base
@@ -51,11 +49,11 @@ def make_plan(ground: Ground) -> Outcome:
     budget = Budget.of(recipe.select.budget, len(pool), int(pool.lengths.sum()))
     n_chosen = budget.examples or round((budget.tokens or 0) / max(1.0, float(pool.lengths.mean())))
     asked = _asked(recipe)
-    memory = _memory(ground, found, config, precision) | _view_bytes(ground, asked, n_scored)
+    memory = training_bytes(ground, recipe.tune, found) | _view_bytes(ground, asked, n_scored)
     seconds = _seconds(ground, found, n_chosen, asked, n_scored)
     facts = {
         "device": str(device),
-        "precision": precision,
+        "precision": choose_precision(recipe.model.dtype, device),
         "pool": {
             "rows": len(ground.prepared.rows),
             "candidates": len(pool),
@@ -134,22 +132,27 @@ def _view_bytes(ground: Ground, asked: _Asked, n_scored: int) -> dict[str, int]:
     return found
 
 
-def _memory(
-    ground: Ground,
-    found: Outline,
-    config: Any,  # noqa: ANN401
-    precision: str,
-) -> dict[str, int]:
+def training_bytes(ground: Ground, tuning: TuneSection, found: Outline) -> dict[str, int]:
+    """Return what a training holds in memory at its peak, by cause.
+
+    Args:
+        ground: of the run.
+        tuning: how it is trained.
+        found: what is trained.
+    """
     recipe = ground.recipe
+    config: Any = load_config(ground.assets.model)
+    precision = choose_precision(recipe.model.dtype, choose_device(recipe.model.device))
     size = 2 if precision == "bfloat16" else 4
-    held = 4 if recipe.adapter.kind == "full" else size
-    is_full = _trains_all(ground)
+    adapter = adapter_of(ground, tuning)
+    is_full = adapter is not None and adapter.kind == "full"
+    held = 4 if is_full or recipe.adapter.kind == "full" else size
     n_adapter = sum(found.trained.values()) - found.n_weights
     largest = max(found.eligible.values(), default=0)
-    scorer = None if recipe.tune.weights is None else scorer_of(recipe.tune.weights, seed=0)
+    scorer = None if tuning.weights is None else scorer_of(tuning.weights, seed=0)
     lengths = ground.tokens.pool.lengths
     # The longest examples make up the widest batch of both passes.
-    step = sorted(lengths.tolist())[-recipe.tune.batch_size :]
+    step = sorted(lengths.tolist())[-tuning.batch_size :]
     tokens = max(recipe.score.token_budget, len(step) * max(step))
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
@@ -163,7 +166,7 @@ def _memory(
         "logits at target positions": round(10 * tokens * share * int(config.vocab_size)),
     }
     if found.n_weights:
-        is_composed = recipe.tune.weights is not None and recipe.tune.weights.form == "compose"
+        is_composed = tuning.weights is not None and tuning.weights.form == "compose"
         # What a weight had before is kept in place; beside it, the row of each entry's place is.
         memory["places and base values of single weights"] = (
             4 + (4 if is_composed else size)
@@ -172,11 +175,6 @@ def _memory(
     if scorer is not None and scorer.entry.needs:
         memory["evidence on weights, until they are chosen"] = 4 * sum(found.eligible.values())
     return memory
-
-
-def _trains_all(ground: Ground) -> bool:
-    adapter = adapter_of(ground, ground.recipe.tune)
-    return adapter is not None and adapter.kind == "full"
 
 
 def _disk(ground: Ground, n_scored: int, n_trained: int, asked: _Asked) -> dict[str, int]:

@@ -9,6 +9,7 @@ from selectune.compare import ComparisonTable, compare, plan_grid
 from selectune.errors import ConfigError
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
+from selectune.run import Run
 from small_run import small_recipe
 
 MATRIX = """
@@ -227,6 +228,8 @@ def test_the_forecast_counts_every_training_once(folder: Path) -> None:
     assert done == facts["trainings"]
     assert set(facts["seconds"]) == {"warmup", "gradients", "trainings", "evaluation"}
     assert all(value >= 0 for value in facts["seconds"].values())
+    alone = Run(recipe.changed({"matrix": None}), out=folder / "none").plan()
+    assert facts["memory_bytes"] == alone.facts["memory_bytes"]
 
 
 def test_a_forecast_of_a_transfer_counts_each_task_by_itself(tmp_path: Path) -> None:
@@ -237,3 +240,4 @@ def test_a_forecast_of_a_transfer_counts_each_task_by_itself(tmp_path: Path) -> 
     assert facts["trainings"] == facts["cells"] == 2 * 2 * 2
     assert facts["to_choose_settings"] == 0
     assert "weights" in facts["seconds"]
+    assert "places and base values of single weights" in facts["memory_bytes"]

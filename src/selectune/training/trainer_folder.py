@@ -51,8 +51,8 @@ def trainer_checkpoints(folder: str | Path, n: int | None = None) -> list[Traine
         n: how many, from the first; None for all.
 
     Raises:
-        ConfigError: there is no checkpoint, there are fewer than n, or no learning rate was logged
-            on the way to one.
+        ConfigError: there is no checkpoint, there are fewer than n, no learning rate was logged on
+            the way to one, or all of them are 0.
         CorruptFileError: a `trainer_state.json` cannot be read.
     """
     found: list[TrainerCheckpoint] = []
@@ -65,15 +65,23 @@ def trainer_checkpoints(folder: str | Path, n: int | None = None) -> list[Traine
             for row in state["log_history"]
             if "learning_rate" in row and before < row["step"] <= step
         ]
-        if not rates or sum(rates) <= 0:
+        if not rates:
             raise ConfigError(
-                f"no learning rate above 0 was logged in the steps {before + 1} to {step}",
+                f"no learning rate was logged in the steps {before + 1} to {step}",
                 where=str(path / _STATE),
                 why="a checkpoint counts by the mean learning rate of the steps that led to it",
                 do="train with logging_steps=1, or at least one log line between two checkpoints",
             )
         found.append(TrainerCheckpoint(path, step, sum(rates) / len(rates)))
         before = step
+    # A schedule with a warm-up begins at 0: a first epoch of one step counts for nothing.
+    if not any(one.learning_rate > 0 for one in found):
+        raise ConfigError(
+            f"no learning rate above 0 was logged up to step {before}",
+            where=str(folder),
+            why="checkpoints count by the learning rates that led to them, and all of these are 0",
+            do="train for more steps: more epochs, or more examples to warm up on",
+        )
     return found
 
 

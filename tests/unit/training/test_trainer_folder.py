@@ -166,12 +166,26 @@ def test_a_way_without_a_logged_rate_is_refused(copied: Path) -> None:
     state = json.loads((copied / "trainer_state.json").read_text())
     state["log_history"] = [row for row in state["log_history"] if "loss" not in row]
     (copied / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(
-        ConfigError, match="no learning rate above 0 was logged in the steps 1 to 6"
-    ):
+    with pytest.raises(ConfigError, match="no learning rate was logged in the steps 1 to 6"):
         trainer_checkpoints(copied)
     with pytest.raises(ConfigError, match="4 checkpoints are asked for, 1 are there"):
         trainer_checkpoints(copied, 4)
+
+
+def set_rates(checkpoint: Path, rate: float) -> None:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["log_history"] = [row | {"learning_rate": rate} for row in state["log_history"]]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_an_epoch_at_rate_0_counts_for_nothing_but_not_all_may(stock: Stock, copied: Path) -> None:
+    last = shutil.copytree(stock.folder / "checkpoint-9", copied.parent / "checkpoint-9")
+    set_rates(copied, 0.0)
+    with pytest.raises(ConfigError, match="no learning rate above 0 was logged up to step 6"):
+        trainer_checkpoints(copied)
+    set_rates(last, 1e-4)
+    found = [one.learning_rate for one in trainer_checkpoints(copied.parent)]
+    assert found == [0.0, pytest.approx(1e-4)]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "series", "parallel", "prefix"])
