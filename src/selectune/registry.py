@@ -16,7 +16,7 @@ Family = Literal[
     "data_scorer", "selection_rule", "training_method", "row_picker", "weight_scorer", "compressor"
 ]
 WeightNeed = Literal["mean_gradient", "square_gradient", "first_gradient", "drift"]
-CompressorNeed = Literal["gradients", "inputs", "hidden_states", "distillation"]
+CompressorNeed = Literal["gradients", "sampled_labels", "inputs", "hidden_states", "distillation"]
 Need = (
     Literal["losses", "gradients", "checkpoints", "file", "score", "norm2", "gram"]
     | WeightNeed

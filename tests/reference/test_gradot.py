@@ -1,5 +1,7 @@
 """GradOT's statistics and closed forms equal one example, one component, one channel at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from slow_gradot import (
@@ -16,12 +18,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from selectune.data import Batch, Tokens, collate
-from selectune.gradients.loss import target_nll
+from selectune.gradients.loss import _drawn, target_nll
 from selectune.methods.compressors.gradot import GradOT
 from selectune.models import blocks
 from selectune.offsite.anatomy import anatomy_of, bias_of, weight_of
-from selectune.offsite.compressor import score_layer
-from selectune.offsite.statistics import LayerStatistics, collect
+from selectune.offsite.compressor import needs_of, score_layer
+from selectune.offsite.statistics import LayerStatistics, collect, uniform_draws
 
 # Grouped queries, biases on q, k and v, biases without gate, fused Conv1D.
 FAMILIES = ("llama", "qwen2", "opt", "gpt2")
@@ -62,6 +64,56 @@ def slow_layer(model: nn.Module, layer: int) -> dict[str, tuple[Tensor, Tensor, 
     for p in block.parameters():
         p.requires_grad_(False)
     return found
+
+
+def slow_drawn(model: nn.Module, item: Tokens, seed: int) -> Batch:
+    """Return an example as a batch whose labels the model drew, one token after the other."""
+    batch = batch_of([item])
+    with torch.no_grad():
+        shares = model(input_ids=batch.input_ids).logits[0].float().softmax(-1).tolist()
+    labels = batch.labels.clone()
+    draws = iter(uniform_draws(batch, seed)[0].tolist())
+    for t in range(1, len(item.input_ids)):
+        if labels[0, t] < 0:
+            continue
+        u, reached = next(draws), 0.0
+        for token, share in enumerate(shares[t - 1]):
+            reached += share
+            if u < reached:
+                labels[0, t] = token
+                break
+    return replace(batch, labels=labels)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_labels_change_what_gradients_spread_over_and_nothing_else(family: str) -> None:
+    model = double(family)
+    needs = needs_of(GradOT(fisher="sampled"))
+    plain = statistics(model)
+    found = collect(model, [batch_of(EXAMPLES, "left")], [0], needs=needs, seed=3)[0]
+    slow = collect(model, [slow_drawn(model, item, 3) for item in EXAMPLES], [0], needs=GRADIENTS)[
+        0
+    ]
+    for key, of in found.matrices.items():
+        assert of.S is not None
+        assert of.G is not None
+        assert_close(of.A, plain.matrices[key].A)
+        assert_close(of.G, plain.matrices[key].G)
+        assert_close(of.S, slow.matrices[key].S)
+        with pytest.raises(AssertionError):
+            assert_close(of.S, plain.matrices[key].S)
+    assert needs_of(GradOT()) == GRADIENTS
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says() -> None:
+    logits = torch.tensor([0.0, 2.0, -torch.inf, 1.0]).expand(1, 4000, 4)
+    u = torch.rand(1, 4000)
+    drawn = _drawn(logits, u)
+    counts = drawn.flatten().bincount(minlength=4) / 4000
+    assert_close(counts, logits[0, 0].softmax(0), atol=0.03, rtol=0)
+    assert counts[2] == 0
+    # Whatever the rounding of a sum, a token is one of the vocabulary.
+    assert int(_drawn(logits[:, :1], torch.tensor([[1.0]])).max()) == 3
 
 
 @pytest.mark.parametrize("layer", [0, 1])

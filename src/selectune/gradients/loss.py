@@ -19,7 +19,9 @@ from selectune.data.collate import NO_LOSS, Batch
 from selectune.errors import CoverageError, DataError
 
 
-def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+def target_nll(
+    model: nn.Module, batch: Batch, draws: Float[Tensor, "n t"] | None = None
+) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Return each example's summed cross-entropy over its target tokens, and their number.
 
     Padding may stand on either side: rows are moved to the left first, which leaves positions as
@@ -30,6 +32,8 @@ def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int
     Args:
         model: a causal LM of transformers, bare or wrapped by peft, in any mode and dtype.
         batch: on the model's device; a label at position 0 is ignored, as nothing predicts it.
+        draws: uniform numbers in [0, 1), one for each target token of an example in order, the rest
+            unused; the model's own tokens, drawn by them, then stand in for the labels.
 
     Returns:
         Nats, summed in fp32 (fp64 for an fp64 model) and differentiable; counts of target tokens.
@@ -85,12 +89,23 @@ def target_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " n"], Int
             do="use a causal LM without virtual tokens or a loss of its own",
         )
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if draws is not None:
+        u = draws[:, :width]
+        u = u if answers.shape == u.shape else u[is_real][None]
+        answers = _drawn(exact.detach(), u).where(answers != NO_LOSS, NO_LOSS)
     nats = functional.cross_entropy(
         exact.flatten(0, 1), answers.flatten(), ignore_index=NO_LOSS, reduction="none"
     )
     if slots.shape != is_real.shape:
         nats = nats.new_zeros(is_real.shape).masked_scatter(is_real, nats)
     return nats.view_as(is_real).sum(1), n_tokens
+
+
+def _drawn(logits: Float[Tensor, "a b v"], u: Float[Tensor, "a b"]) -> Int[Tensor, "a b"]:
+    """Return the token whose share of the summed probabilities u falls into."""
+    reached = logits.softmax(-1).cumsum(-1)
+    level = u.to(reached.dtype)[..., None] * reached[..., -1:]
+    return torch.searchsorted(reached, level, right=True)[..., 0].clamp_(max=logits.shape[-1] - 1)
 
 
 @contextmanager

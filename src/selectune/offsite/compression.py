@@ -172,7 +172,7 @@ class Compression:
             for group in groups:
                 statistics = collect(
                     self.model, self._batches(), sorted(group), needs=needs,
-                    precision=self.precision, advance=advance,
+                    precision=self.precision, seed=self.seed, advance=advance,
                 )  # fmt: skip
                 for j in group:
                     act(j, statistics.pop(j, None))

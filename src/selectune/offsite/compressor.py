@@ -41,8 +41,9 @@ from selectune.registry import CompressorNeed, entry_of
 
 
 def needs_of(compressor: object) -> frozenset[CompressorNeed]:
-    """Return what a registered compressor reads beside the weights."""
-    return cast("frozenset[CompressorNeed]", entry_of("compressor", type(compressor)).needs)
+    """Return what a registered compressor with these options reads beside the weights."""
+    needs = cast("frozenset[CompressorNeed]", entry_of("compressor", type(compressor)).needs)
+    return needs | getattr(compressor, "more_needs", frozenset())
 
 
 def compress_layer(

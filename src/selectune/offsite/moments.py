@@ -33,18 +33,31 @@ class Site:
         """Whether A is added up here."""
         return self.name == self.input_of
 
-    def add(self, x: Float[Tensor, "p i"], s: Float[Tensor, "p o"] | None) -> None:
-        """Add the rows of some positions, none of them padding; without gradients, s is None."""
-        self.n_seen += len(x)
+    def add(
+        self, x: Float[Tensor, "p i"], s: Float[Tensor, "p o"] | None, sums: str = "ASG"
+    ) -> None:
+        """Add the rows of some positions, none of them padding.
+
+        Args:
+            x: inputs.
+            s: gradients of the outputs; None without a backward pass.
+            sums: which of A, S and G they are added to.
+        """
         x = exact(x)
-        if self.reads_first:
-            self._add("A", x, x)
-            self._add("x", x, x.new_ones(len(x), 1))
-        if s is not None:
-            s = exact(s)
+        if "A" in sums:
+            self.n_seen += len(x)
+            if self.reads_first:
+                self._add("A", x, x)
+                self._add("x", x, x.new_ones(len(x), 1))
+        if s is None:
+            return
+        s = exact(s)
+        if "G" in sums:
             self._add("s", s, s.new_ones(len(s), 1))
-            for key, rows in self.parts.items():
+        for key, rows in self.parts.items():
+            if "S" in sums:
                 self._add(f"S {key}", s[:, rows], s[:, rows])
+            if "G" in sums:
                 self._add(f"G {key}", s[:, rows], x)
 
     def inputs(self, *, has_constant: bool) -> Float[Tensor, "i i"]:

@@ -6,10 +6,14 @@ The means are over all positions t that are no padding. x is what the matrix rea
 1 behind it where there is a bias. s_t = T_n dl_n/dy_t: the gradient of example n's *summed* loss,
 so that tokens of long examples count as much as those of short ones.
 
+With sampled labels (the Fisher matrix itself), s of S is the gradient at tokens that the model
+draws, in a second forward and backward pass; A and G stay those of the text.
+
 One pass serves a group of layers. Nothing below the lowest of them is recorded by autograd and no
 gradient of a parameter is formed; each module's rows are added up and freed as backward passes by.
 """
 
+import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -69,6 +73,7 @@ def collect(
     *,
     needs: frozenset[CompressorNeed],
     precision: str = "float32",
+    seed: int = 0,
     advance: Advance | None = None,
 ) -> dict[int, LayerStatistics]:
     """Return the statistics of a group of layers from one pass over calibration text.
@@ -80,8 +85,10 @@ def collect(
         batches: of calibration text, padded on either side.
         layers: their indices; what they need in memory is `statistics_bytes` each.
         needs: "gradients" for A, S and G; "inputs" for A from forward passes alone; without either
-            there is no pass, and no statistics.
+            there is no pass, and no statistics. "sampled_labels" beside "gradients" for an S at
+            tokens that the model draws.
         precision: autocast of the forward pass.
+        seed: of these draws.
         advance: called with the number of examples just done.
 
     Raises:
@@ -96,10 +103,14 @@ def collect(
     is_backward = "gradients" in needs
     sites = {j: sites_of(j, every[j]) for j in layers}
     watched = [s for own in sites.values() for s in own if is_backward or s.reads_first]
+    # Several sums from one pass, or one pass for each kind of label.
+    sums = ("AG", "S") if "sampled_labels" in needs else ("ASG",)
     n_positions = 0
     with _watching(model, watched, precision, is_backward=is_backward) as run:
         for batch in batches:
-            n_positions += run(batch)
+            n_positions += run(batch, sums[0], None)
+            for more in sums[1:]:
+                run(batch, more, uniform_draws(batch, seed))
             if advance is not None:
                 advance(len(batch.ids))
     if not n_positions:
@@ -132,12 +143,16 @@ def statistics_bytes(block: nn.Module, needs: frozenset[CompressorNeed]) -> int:
 @contextmanager
 def _watching(
     model: nn.Module, sites: list[Site], precision: str, *, is_backward: bool
-) -> Generator[Callable[[Batch], int]]:
-    """Yield a function that runs a batch, adds it up at the sites and counts its positions."""
+) -> Generator[Callable[[Batch, str, Tensor | None], int]]:
+    """Yield a function that runs a batch, adds it up at the sites and counts its positions.
+
+    It takes the batch, what it is added to, and the draws of labels, None for those of the text.
+    """
     flags = {p: p.requires_grad for p in model.parameters()}
     device = next(iter(flags)).device
     anchor = torch.zeros((), requires_grad=True, device=device)
     is_token: Bool[Tensor, " nt"] = torch.zeros(0, dtype=torch.bool)
+    sums = ""
 
     def at_tokens(x: Tensor) -> Tensor:
         # OPT calls its MLP on [n * t, .]; the tokens stand in the batch's order there.
@@ -150,21 +165,21 @@ def _watching(
             if is_backward:
                 return tap(module, args, kwargs, output, receive, anchor=anchor)
             with torch.autocast(device.type, enabled=False):
-                site.add(at_tokens(args[0] if args else next(iter(kwargs.values()))), None)
+                site.add(at_tokens(args[0] if args else next(iter(kwargs.values()))), None, sums)
             return None
 
         def receive(call: Call) -> None:
-            site.add(at_tokens(call.input), at_tokens(call.D))
+            site.add(at_tokens(call.input), at_tokens(call.D), sums)
 
         return after_forward
 
-    def run(batch: Batch) -> int:
-        nonlocal is_token
-        batch = batch.to(device)
+    def run(batch: Batch, of: str, draws: Tensor | None) -> int:
+        nonlocal is_token, sums
+        batch, sums = batch.to(device), of
         is_token = tokens_at_left(batch).flatten()
         with torch.set_grad_enabled(is_backward):
             with precision_of(device, precision):
-                nats, _ = target_nll(model, batch)
+                nats, _ = target_nll(model, batch, None if draws is None else draws.to(device))
             if is_backward:
                 nats.sum().backward()
                 anchor.grad = None
@@ -182,6 +197,21 @@ def _watching(
         finally:
             for p, flag in flags.items():
                 p.requires_grad_(flag)
+
+
+def uniform_draws(batch: Batch, seed: int) -> Float[Tensor, "n t"]:
+    """Return uniform numbers for the tokens of each example, the same in whatever batch it stands.
+
+    Args:
+        batch: of examples with ids.
+        seed: of all draws.
+    """
+    rows: list[Tensor] = []
+    for example_id in batch.ids:
+        digest = hashlib.sha256(f"labels:{seed}:{example_id}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        rows.append(torch.rand(batch.input_ids.shape[1], generator=generator))
+    return torch.stack(rows)
 
 
 def tokens_at_left(batch: Batch) -> Bool[Tensor, "n t"]:

@@ -14,6 +14,7 @@ from selectune.offsite.statistics import LayerStatistics, collect, statistics_by
 
 EXAMPLES = tiny_tokens(6, seed=2)
 BOTH = frozenset({"gradients"})
+SAMPLED = frozenset({"gradients", "sampled_labels"})
 INPUTS = frozenset({"inputs"})
 FAMILIES = ("llama", "qwen2", "opt", "gpt2")
 
@@ -40,13 +41,16 @@ def alike(one: LayerStatistics, other: LayerStatistics, rtol: float = 2e-5) -> N
         assert_close(value, theirs[key], rtol=rtol, atol=rtol * float(theirs[key].abs().max()))
 
 
+@pytest.mark.parametrize("needs", [BOTH, SAMPLED], ids=["text", "sampled"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batches_padding_and_groups_change_nothing(family: str, side: str) -> None:
+def test_batches_padding_and_groups_change_nothing(
+    family: str, side: str, needs: frozenset
+) -> None:
     model = tiny_model(family)
-    whole = collect(model, batches(EXAMPLES, 6, side), [0, 1], needs=BOTH)
-    single = collect(model, batches(EXAMPLES[::-1], 1), [1], needs=BOTH)
-    single |= collect(model, batches(EXAMPLES, 2), [0], needs=BOTH)
+    whole = collect(model, batches(EXAMPLES, 6, side), [0, 1], needs=needs)
+    single = collect(model, batches(EXAMPLES[::-1], 1), [1], needs=needs)
+    single |= collect(model, batches(EXAMPLES, 2), [0], needs=needs)
     for j in (0, 1):
         alike(whole[j], single[j])
 

@@ -9,17 +9,17 @@
 Paper  "GradOT: Training-free Gradient-preserving Offsite-tuning for Large Language Models", arXiv
   2507.04455: the score, Dynamic Rank Decomposition of attention, Selective Channel Pruning of
   MLPs, KFAC, the top 5 % of ranks always kept, a lambda for each. Ours: the closed forms, the
-  second term summed, the scale of lambda and its default 0, the empirical Fisher, the rounding.
-Cost   Time: one forward and backward pass per group of layers, 2 T (m^2 + n^2 + m n) for the
-  statistics of each matrix over T tokens, one decomposition per matrix of attention. Memory: A, S
-  and G of the layers of one group, in fp32.
+  second term summed, the scale of lambda and its default 0, either Fisher, the rounding.
+Cost   Time: one forward and backward pass per group of layers (sampled Fisher: two), 2 T (m^2 +
+  n^2 + m n) for the statistics of each matrix over T tokens, one decomposition per matrix of
+  attention. Memory: A, S and G of the layers of one group, in fp32.
 Fails  A lambda above 0 costs gradient fidelity before it costs the emulator much: print the
   emulator's own accuracy beside it. The gain over svd_magnitude comes from channels, little of it
   from ranks.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,7 @@ from torch import Tensor
 from selectune.offsite.budget import count_of
 from selectune.offsite.statistics import MatrixStatistics
 from selectune.offsite.views import LinearView, MatrixView, MlpView
-from selectune.registry import compressor
+from selectune.registry import CompressorNeed, compressor
 
 
 @compressor("gradot", needs={"gradients"})
@@ -45,6 +45,18 @@ class GradOT:
         float,
         Field(ge=0, le=1, description="share of ranks, by singular value, kept in any case"),
     ] = 0.05
+    fisher: Annotated[
+        Literal["empirical", "sampled"],
+        Field(
+            description="S from the text's own tokens, or from tokens that the model draws: the "
+            "Fisher matrix, for a second pass"
+        ),
+    ] = "empirical"
+
+    @property
+    def more_needs(self) -> frozenset[CompressorNeed]:
+        """What these options need beside what every GradOT needs."""
+        return frozenset({"sampled_labels"} if self.fisher == "sampled" else ())
 
     def rank_scores(self, view: MatrixView, seed: int) -> Float[Tensor, " k"]:
         """Score components by two products with A and S, and one with G."""
