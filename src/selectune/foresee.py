@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from selectune.adapters import add_adapter
 from selectune.equip import adapter_of, scorer_of
@@ -36,12 +37,14 @@ class Outline:
     Attributes:
         model: with its adapter; single weights that train are frozen in it.
         n_base: weights of the base.
+        n_linear: those of its linear maps, which quantisation makes smaller.
         eligible: entries of every tensor that single weights may be chosen from, by name.
         n_weights: how many of them train.
     """
 
     model: nn.Module
     n_base: int
+    n_linear: int = 0
     eligible: Mapping[str, int] = field(default_factory=dict[str, int])
     n_weights: int = 0
 
@@ -72,6 +75,9 @@ def outline(ground: Ground, tuning: TuneSection | None = None) -> Outline:
     with torch.device("meta"):
         bare = _bare(ground.assets.model)
         n_base = sum(p.numel() for p in bare.parameters())
+        head = cast("Any", bare).get_output_embeddings()
+        linear = [m for m in bare.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+        n_linear = sum(m.weight.numel() for m in linear)
         eligible: dict[str, int] = {}
         n_weights = 0
         if tuning is not None and tuning.weights is not None:
@@ -84,7 +90,7 @@ def outline(ground: Ground, tuning: TuneSection | None = None) -> Outline:
         for p in bare.parameters():
             p.requires_grad_(False)
         model = bare if adapter is None else add_adapter(bare, adapter, seed=recipe.seed)
-    return Outline(model, n_base, eligible, n_weights)
+    return Outline(model, n_base, n_linear, eligible, n_weights)
 
 
 def _bare(section: ModelSection) -> nn.Module:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +18,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from selectune.errors import ConfigError, CorruptFileError, SelectionError
 from selectune.recipe import AdapterSection, ModelSection
+from selectune.recipe_methods import BESIDE_QUANTISED
 
 # Keys of a model's configuration that say where it came from, not what it computes.
 _BYSTANDERS = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache"})
@@ -76,10 +79,12 @@ def load_base(section: ModelSection, *, adapter: AdapterSection, as_stored: bool
 
     Weights come in the chosen precision; with `adapter.kind: full` they come in fp32 (what trains
     needs it), and only the forward pass runs in the chosen precision. With `as_stored` they keep
-    the type that they have on disk, whatever the forward pass runs in.
+    the type that they have on disk, whatever the forward pass runs in. Quantised ones stay so, and
+    products with them run in the chosen precision.
 
     Raises:
-        ConfigError: there is no such model, or it is not a causal LM.
+        ConfigError: there is no such model, or it is not a causal LM; or its weights are quantised,
+            and cannot be used as asked.
     """
     device = choose_device(section.device)
     precision = choose_precision(section.dtype, device)
@@ -89,24 +94,105 @@ def load_base(section: ModelSection, *, adapter: AdapterSection, as_stored: bool
     # First, so that nothing of a package is used before all of it was checked.
     emulator = _emulator(section, held) if model_is_package(section.base) else None
     tokenizer = load_tokenizer(section)
-    if getattr(load_config(section), "quantization_config", None) is not None:
-        raise ConfigError(
-            f"the weights of {section.base} are quantised",
-            where="model.base",
-            why="full training cannot move quantised weights"
-            if adapter.kind == "full"
-            else "runs on quantised weights are not tested, adapters on them included",
-            do="give the model in fp32 or bf16",
-        )
+    is_quantised = quantization_of(section) is not None
+    if is_quantised:
+        _refuse_quantised(section, adapter, as_stored=as_stored)
     model: Any = emulator or _causal_lm(section, held)
-    model.to(device)
+    if is_quantised:
+        _refuse_repacking(model, device)
+    else:
+        model.to(device)  # quantised weights were put there as they were read
     model.config.use_cache = False
     pad_id = cast("int | None", tokenizer.pad_token_id) or 0
     found = _base_fingerprint(model, section)
     return Base(model, tokenizer, device, precision, found, pad_id)
 
 
+def quantization_of(section: ModelSection) -> str | None:
+    """Return what holds a model's weights in fewer bits, None where nothing does.
+
+    That is "4bit" or "8bit" where the recipe asks for it, else the method that the model's own
+    configuration names.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if model_is_package(section.base):
+        return section.quantization
+    own: Any = getattr(load_config(section), "quantization_config", None)
+    if own is None:
+        return section.quantization
+    told = own if isinstance(own, dict) else own.to_dict()
+    return str(cast("dict[str, Any]", told).get("quant_method", "unknown"))
+
+
+def _refuse_quantised(section: ModelSection, adapter: AdapterSection, *, as_stored: bool) -> None:
+    how, asked = quantization_of(section), section.quantization is not None
+    where = "model.quantization" if asked else "model.base"
+    if adapter.kind not in BESIDE_QUANTISED or as_stored or model_is_package(section.base):
+        raise ConfigError(
+            f"the weights of {section.base} are quantised",
+            where=where,
+            why="an emulator is made and used in full precision"
+            if as_stored or model_is_package(section.base)
+            else f"adapter.kind {adapter.kind} is not trained on quantised weights",
+            do="give the model in fp32 or bf16"
+            + ("" if as_stored else f", or use adapter.kind {' or '.join(BESIDE_QUANTISED)}"),
+        )
+    if how not in ("4bit", "8bit", "bitsandbytes"):
+        raise ConfigError(
+            f"the weights of {section.base} are quantised by {how}",
+            where=where,
+            why="runs on weights quantised by bitsandbytes are tested, others are not",
+            do="give the model in fp32 or bf16; model.quantization=4bit quantises it when it is "
+            "read",
+        )
+    if asked and how == "bitsandbytes":
+        raise ConfigError(
+            f"the weights of {section.base} are quantised already",
+            where=where,
+            why="its configuration says how, and that cannot be changed",
+            do="remove model.quantization",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "bitsandbytes is not installed",
+            where=where,
+            why="it holds quantised weights, and multiplies with them",
+            do='pip install "selectune[quantised]"',
+        )
+
+
+def _refuse_repacking(model: nn.Module, device: torch.device) -> None:
+    """Refuse 4-bit weights that bitsandbytes 0.50 cannot repack for CPUs with bf16 products."""
+    if device.type != "cpu" or not cpu_has_fast_bf16():
+        return
+    for name, module in model.named_modules():
+        if type(module).__name__ != "Linear4bit":
+            continue
+        shape = cast("Any", module).out_features, cast("Any", module).in_features
+        if shape[0] % 32 or shape[1] % 64:
+            raise ConfigError(
+                f"{name} cannot be held in 4 bits on this processor",
+                where="model.quantization",
+                why="bitsandbytes asks for outputs in multiples of 32 and inputs in multiples of "
+                f"64, and it has {shape[0]} and {shape[1]}",
+                do="use 8bit, or a GPU",
+            )
+
+
 def _causal_lm(section: ModelSection, held: torch.dtype | str) -> nn.Module:
+    more: dict[str, Any] = {}
+    if quantization_of(section) is not None:
+        more["device_map"] = {"": choose_device(section.device)}
+    if section.quantization is not None:
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=section.quantization == "8bit",
+            load_in_4bit=section.quantization == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=held,
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(
             section.base,
@@ -114,6 +200,7 @@ def _causal_lm(section: ModelSection, held: torch.dtype | str) -> nn.Module:
             dtype=held,
             attn_implementation=section.attention,
             trust_remote_code=False,
+            **more,
         )
     except SafetensorError as error:
         raise _unreadable(section, str(error)) from error

@@ -17,10 +17,16 @@ from selectune.gradients.view import View
 from selectune.ground import Ground
 from selectune.methods.evidence import ReadsCheckpoints
 from selectune.methods.rules import Budget
-from selectune.models import blocks, choose_device, choose_precision, load_config
+from selectune.models import (
+    blocks,
+    choose_device,
+    choose_precision,
+    load_config,
+    quantization_of,
+)
 from selectune.outcome import Outcome
 from selectune.prices import Prices, choosing_seconds, n_answers, training_seconds
-from selectune.recipe import Recipe, TuneSection
+from selectune.recipe import ModelSection, Recipe, TuneSection
 from selectune.recipe_methods import FULL, PLAIN
 from selectune.registry import Need, get
 from selectune.warmup import epochs_run, n_checkpoints
@@ -132,6 +138,23 @@ def _view_bytes(ground: Ground, asked: _Asked, n_scored: int) -> dict[str, int]:
     return found
 
 
+def bytes_of_linear(section: ModelSection, held: int) -> float:
+    """Return what one weight of a linear map takes in memory.
+
+    Args:
+        section: whose base.
+        held: what it takes where it is not quantised.
+    """
+    match quantization_of(section):
+        case None:
+            return float(held)
+        case "4bit":
+            # Half a byte, a byte per 64 for their scale, and 4 per 256 scales for that of these.
+            return 0.5 + 1 / 64 + 4 / (64 * 256)
+        case _:
+            return 1.0
+
+
 def training_bytes(ground: Ground, tuning: TuneSection, found: Outline) -> dict[str, int]:
     """Return what a training holds in memory at its peak, by cause.
 
@@ -160,7 +183,8 @@ def training_bytes(ground: Ground, tuning: TuneSection, found: Outline) -> dict[
     share = float(ground.tokens.pool.n_targets.sum() / max(1, lengths.sum()))
     memory = {
         "libraries": _LIBRARIES_BYTES,
-        "base weights": held * (found.n_base - (n_adapter if is_full else 0)),
+        "base weights": held * (found.n_base - (n_adapter if is_full else 0))
+        - round((held - bytes_of_linear(ground.assets.model, held)) * found.n_linear),
         "trainable weights, gradients, AdamW": 16 * (n_adapter + found.n_weights),
         "saved activations": size * len(blocks(found.model)) * per_token * tokens,
         "logits at target positions": round(10 * tokens * share * int(config.vocab_size)),

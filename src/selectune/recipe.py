@@ -127,6 +127,15 @@ def load_owner_recipe(path: str | Path, overrides: Sequence[str] = ()) -> OwnerR
                 do="remove model.adapter, or merge the adapter first",
             )
         )
+    if recipe.model.quantization is not None:
+        mistakes.append(
+            ConfigError(
+                "an emulator is made of weights in full precision",
+                where=tree.where(("model", "quantization")),
+                why="quantised ones can be neither decomposed nor narrowed",
+                do="remove model.quantization",
+            )
+        )
     if mistakes:
         raise words.together(mistakes, tree.name)
     return _named(recipe, path)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from selectune import recipe_words as words
 from selectune.errors import ConfigError, nearest
 from selectune.recipe_file import Tree
-from selectune.recipe_methods import PLAIN
+from selectune.recipe_methods import BESIDE_QUANTISED, PLAIN
 from selectune.recipe_sections import (
     AdapterSection,
     TuneChoice,
@@ -65,6 +65,25 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 why,
                 f"remove {key}, or use form: in_place",
             )
+    if recipe.model.quantization is not None:
+        for path, adapter in _adapters(recipe):
+            if adapter.kind not in BESIDE_QUANTISED:
+                add(
+                    (*path, "kind"),
+                    f"{'.'.join(map(str, path))}.kind {adapter.kind} is not trained on quantised "
+                    "weights",
+                    f"model.quantization is {recipe.model.quantization}",
+                    f"use kind {' or '.join(BESIDE_QUANTISED)}, or remove model.quantization",
+                )
+        for path, section in _trainings(recipe):
+            if section.weights is not None:
+                add(
+                    (*path, "weights"),
+                    "single weights of a quantised base are not scored",
+                    f"model.quantization is {recipe.model.quantization}",
+                    "remove model.quantization; in Python, a mask of the dense base trains beside "
+                    'a quantised one: sparsify(..., form="compose", other_base=True)',
+                )
     if recipe.model.adapter is not None and recipe.warmup != WarmupSection():
         add(
             ("warmup",),

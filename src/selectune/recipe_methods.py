@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FULL = "full"  # the whole pool, where a scorer could be named
 PLAIN = "plain"  # no method, where a training method could be named
+BESIDE_QUANTISED = ("lora", "dora")  # kinds of adapter that are tested on quantised weights
 
 
 def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:

@@ -40,6 +40,11 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="type of the base weights; auto: bfloat16 where it is fast"
     )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        default=None,
+        description="hold the base's linear maps in 8 bits, or 4 (nf4), by bitsandbytes; a LoRA or "
+        "DoRA beside them trains (QLoRA)",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where the model runs"
     )
