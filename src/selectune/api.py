@@ -249,7 +249,9 @@ def _loaded(
     held = next(p for p in model.parameters() if p.is_floating_point()).dtype
     if tokenizer is None:
         name = str(cast("Any", model).config.name_or_path)
-        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(name))
+        tokenizer = cast(
+            "PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        )
     names = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
     found = precision or names.get(held, "float32")
     device = next(model.parameters()).device

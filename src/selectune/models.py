@@ -159,7 +159,7 @@ def _refuse_quantised(section: ModelSection, adapter: AdapterSection, *, as_stor
             "bitsandbytes is not installed",
             where=where,
             why="it holds quantised weights, and multiplies with them",
-            do='pip install "selectune[quantised]"',
+            do="pip install bitsandbytes",
         )
 
 

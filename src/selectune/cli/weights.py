@@ -208,7 +208,7 @@ def _tokenizer(base: str) -> Any:  # noqa: ANN401
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(base)
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         # A base without a tokenizer is no error: its weights are what was asked for.
         return None

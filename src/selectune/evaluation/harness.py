@@ -101,7 +101,7 @@ def _import_lm_eval() -> tuple[Any, Any, Any]:
             "lm-eval is not installed",
             where="evaluate.lm_eval",
             why=str(error),
-            do='pip install "selectune[eval]"',
+            do="pip install lm-eval",
         ) from error
     return package, huggingface, tasks
 

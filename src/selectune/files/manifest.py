@@ -175,7 +175,7 @@ def _check_head(file: Path, body: Mapping[str, Any], kind: str) -> None:
             f"{file.parent.name} was written by a newer selectune",
             where=str(file),
             why=f"its format has version {version}, this selectune reads up to {VERSION}",
-            do="pip install --upgrade selectune",
+            do="upgrade selectune",
         )
     if form != _FORMAT + kind:
         _refuse(file, f'expected format "{_FORMAT}{kind}", found "{form:.80}"')

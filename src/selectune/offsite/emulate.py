@@ -270,7 +270,9 @@ def _loaded(
         return base.model, tokenizer or base.tokenizer, base.precision
     if tokenizer is None:
         name = str(cast("Any", model).config.name_or_path)
-        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(name))
+        tokenizer = cast(
+            "PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        )
     held = next(model.parameters())
     names = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
     asked = precision or names.get(held.dtype, "float32")

@@ -161,7 +161,7 @@ def read(kind: type[_Read], opened: Opened, name: str) -> _Read:
             f"{name} has the version {value.get('version')!r:.80}",
             where=str(opened.path / name),
             why=f"this selectune reads version {VERSION}",
-            do="pip install --upgrade selectune",
+            do="upgrade selectune",
         )
     try:
         return kind.model_validate_json(opened.read_bytes(name))

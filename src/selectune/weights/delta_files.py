@@ -153,7 +153,7 @@ def _checked(path: Path) -> tuple[dict[str, Any], bytes]:
             f"{path.name} was written by a newer selectune",
             where=str(path),
             why=f"its format has version {version}, this selectune reads up to {_VERSION}",
-            do="pip install --upgrade selectune",
+            do="upgrade selectune",
         )
     if raw != _sealed(facts):
         raise _damaged(path / FACTS, "it was changed after it was written")

@@ -68,7 +68,9 @@ def load_unmerged(path: str | Path) -> nn.Module:
     """
     opened = open_dir(Path(path), kind=KIND)
     kept: Mapping[str, Tensor] = opened.read_torch(OVERWRITTEN)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto")
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype="auto", trust_remote_code=False
+    )
     weights = base_weights(model)
     for name in (key.removesuffix(".base") for key in kept if key.endswith(".base")):
         if name not in weights:

@@ -151,7 +151,7 @@ def load_base(path: str | Path, delta: SparseDelta) -> nn.Module:
     kinds = set(delta.dtypes.values())
     dtype = TYPES.get(kinds.pop(), "auto") if len(kinds) == 1 else "auto"
     try:
-        return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f'the base "{path}" cannot be loaded',

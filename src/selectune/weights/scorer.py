@@ -124,7 +124,10 @@ class WeightScorer(ScorerOptions):
             return cast("Sequence[Tokens]", data), pad_id or 0
         if tokenizer is None:
             name = str(cast("Any", model).config.name_or_path)
-            tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(name))
+            tokenizer = cast(
+                "PreTrainedTokenizerBase",
+                AutoTokenizer.from_pretrained(name, trust_remote_code=False),
+            )
         found = tokenize(read_examples(cast("Spec", data)), tokenizer, max_length=max_length)
         if found.n_truncated:
             _log.warning(
@@ -144,7 +147,10 @@ class WeightScorer(ScorerOptions):
             )
         if isinstance(tuned, nn.Module):
             return tuned
-        return cast("nn.Module", AutoModelForCausalLM.from_pretrained(tuned, dtype="auto"))
+        return cast(
+            "nn.Module",
+            AutoModelForCausalLM.from_pretrained(tuned, dtype="auto", trust_remote_code=False),
+        )
 
     def _needs_words(self) -> str:
         return " and ".join(sorted(need.replace("_", " ") for need in self.entry.needs))
