@@ -17,7 +17,7 @@ Each cell leaves its numbers and a recipe of its own as soon as it is done: see 
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -394,13 +394,17 @@ def plan_grid(recipe: Recipe, *, out: Path, progress: Progress) -> Outcome:
     return grid.forecast()
 
 
-def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable:
+def compare(
+    recipe: Recipe, *, out: Path, progress: Progress, allow: Sequence[str] = ()
+) -> ComparisonTable:
     """Run or resume a grid, and write its table.
 
     Args:
         recipe: with a `matrix` section.
         out: folder of the grid.
         progress: told of every long step.
+        allow: recipe keys or sections that may differ from what the folder was made with, beside
+            `matrix`; what depends on them is made anew.
 
     Raises:
         ConfigError: the recipe has no matrix, or a task has no held-out examples.
@@ -409,7 +413,7 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
     recipe, matrix = _with_matrix(recipe)
     with lock(out):
         sweep(out)
-        record = Record(out, recipe, allow=("matrix",))
+        record = Record(out, recipe, allow=("matrix", *allow))
         grid = _Grid(recipe, matrix, out, progress)
         refuse_unworkable(grid.ground(matrix.seeds[0]), grid.tunings)
         for line in grid.forecast().lines():

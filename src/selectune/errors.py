@@ -60,7 +60,8 @@ class IncompatibleRunError(SelectuneError):
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return a sentence that offers the closest of `names`, or lists them when none is close."""
     known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    by_case = {each.casefold(): each for each in reversed(known)}
+    close = difflib.get_close_matches(name.casefold(), by_case, n=1, cutoff=0.6)
     if close:
-        return f'did you mean "{close[0]}"?'
+        return f'did you mean "{by_case[close[0]]}"?'
     return f"the valid names are: {', '.join(known)}"

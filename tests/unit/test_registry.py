@@ -63,6 +63,8 @@ def test_a_training_method_is_its_options_and_checks_them(entry: Entry) -> None:
 def test_unknown_names_offer_the_nearest() -> None:
     with pytest.raises(ConfigError, match='did you mean "gist"'):
         get("data_scorer", "gst")
+    with pytest.raises(ConfigError, match='did you mean "less"'):
+        get("data_scorer", "LESS")
 
 
 @pytest.mark.parametrize(

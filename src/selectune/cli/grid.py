@@ -5,6 +5,7 @@ from pathlib import Path
 import typer
 
 from selectune.cli.shell import (
+    AllowOption,
     DebugOption,
     JsonOption,
     OverridesArgument,
@@ -13,6 +14,7 @@ from selectune.cli.shell import (
     Result,
     need_recipe,
     perform,
+    read_allow,
 )
 from selectune.errors import ConfigError
 from selectune.progress import Progress
@@ -26,6 +28,7 @@ def add_to(app: typer.Typer) -> None:
 def compare(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -43,10 +46,12 @@ def compare(
             do=f"add matrix.methods, such as [gist, length], or selectune run {path}",
         )
 
+    allowed = read_allow(allow)
+
     def action(progress: Progress) -> Result:
         from selectune import compare as grid
 
-        return grid.compare(loaded, out=Path(loaded.output), progress=progress)
+        return grid.compare(loaded, out=Path(loaded.output), progress=progress, allow=allowed)
 
     perform(action, as_json=as_json, is_quiet=quiet)
 

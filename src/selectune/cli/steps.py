@@ -1,5 +1,6 @@
 """The verbs of one run: all of it, or one step of it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,7 @@ from selectune.cli.shell import (
     perform,
     read_allow,
 )
+from selectune.errors import ConfigError
 from selectune.processes import read_part, take_gpu
 from selectune.progress import Progress
 
@@ -159,9 +161,12 @@ def report(
 ) -> None:
     """Write the report of a run, one HTML page.
 
-    RECIPE may also be a folder of `selectune emulate`, or one with several of these.
+    RECIPE may also be the folder of a run, or of `selectune emulate`, or one with several of these.
     """
-    if recipe is not None and Path(recipe).is_dir():
+    if recipe is not None and (Path(recipe) / "run.json").exists():
+        overrides = [f"output={json.dumps(recipe)}", *(overrides or ())]
+        recipe = str(Path(recipe) / "config.yaml")
+    elif recipe is not None and Path(recipe).is_dir():
         offsite.report(Path(recipe), as_json=as_json, is_quiet=quiet)
         return
     _step("report", lambda run: run.report(), recipe, overrides, allow, as_json, quiet)
@@ -180,7 +185,15 @@ def _step(
 ) -> None:
     from selectune.recipe import load_recipe
 
-    loaded = load_recipe(need_recipe(recipe, verb), overrides or ())
+    path = need_recipe(recipe, verb)
+    loaded = load_recipe(path, overrides or ())
+    if loaded.matrix is not None:
+        raise ConfigError(
+            f"{path.name} is a grid, and {verb} would do one run of it",
+            where=str(path),
+            why="it has a matrix",
+            do=f"selectune compare {path}; for one run remove the matrix",
+        )
     allowed = read_allow(allow)
     launch = LAUNCH.get()  # None for verbs that are not SHARED
     part = read_part(shard, launch, allow=allow)

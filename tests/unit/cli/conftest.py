@@ -38,7 +38,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
         fake.calls.append(("verify", out, None))
         return types.SimpleNamespace(ok=not fake.problems, problems=fake.problems)
 
-    def compare_all(recipe: Recipe, *, out: Path, progress: Progress) -> FakeResult:
+    def compare_all(
+        recipe: Recipe, *, out: Path, progress: Progress, allow: tuple[str, ...]
+    ) -> FakeResult:
+        fake.allowed = allow
         fake.calls.append(("compare", out, recipe))
         return FakeResult("compare", out)
 

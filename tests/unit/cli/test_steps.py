@@ -27,6 +27,28 @@ def test_allowed_changes_reach_the_run(recipe: str, steps: FakeSteps) -> None:
     assert steps.allowed == ()
 
 
+def test_a_grid_is_no_run(recipe: str, steps: FakeSteps, capfd: pytest.CaptureFixture[str]) -> None:
+    for verb in ("run", "score", "report"):
+        assert main([verb, recipe, "matrix.methods=[gist]"]) == 2
+        assert f"and {verb} would do one run of it" in capfd.readouterr().err
+    assert steps.calls == []
+
+
+def test_a_grid_takes_what_may_differ(recipe: str, steps: FakeSteps) -> None:
+    assert main(["compare", recipe, "matrix.methods=[gist]", "--allow", "tune.epochs,data"]) == 0
+    assert steps.allowed == ("tune.epochs", "data")
+
+
+def test_a_report_is_written_of_a_run_by_its_folder(recipe: str, steps: FakeSteps) -> None:
+    home = Path("some where")
+    home.mkdir()
+    (home / "run.json").write_text("{}")
+    (home / "config.yaml").write_text(Path(recipe).read_text())
+    assert main(["report", str(home)]) == 0
+    ((verb, out, _),) = steps.calls
+    assert (verb, out) == ("report", home)
+
+
 def test_compare_runs_the_matrix(
     recipe: str, steps: FakeSteps, capfd: pytest.CaptureFixture[str]
 ) -> None:
