@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+TOLD = "`selectune methods` tells what each of them does"
+
 
 class SelectuneError(Exception):
     """A failure that a user can act on.
@@ -57,11 +59,17 @@ class IncompatibleRunError(SelectuneError):
     """Results on disk were made for another config, pool, base or version."""
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a sentence that offers the closest of `names`, or lists them when none is close."""
+def nearest(name: str, names: Iterable[str], *, instead: str | None = None) -> str:
+    """Return a sentence that offers the closest of `names`.
+
+    Args:
+        name: what was written.
+        names: what could have been meant.
+        instead: said when none is close; None lists them.
+    """
     known = sorted(names)
     by_case = {each.casefold(): each for each in reversed(known)}
     close = difflib.get_close_matches(name.casefold(), by_case, n=1, cutoff=0.6)
     if close:
         return f'did you mean "{by_case[close[0]]}"?'
-    return f"the valid names are: {', '.join(known)}"
+    return f"the valid names are: {', '.join(known)}" if instead is None else instead

@@ -315,6 +315,8 @@ def _no_model(section: ModelSection, error: Exception) -> ConfigError:
     if folder.is_dir():
         why = f"the folder holds no usable causal LM with tokenizer: {first}"
         do = "point model.base at a folder written by save_pretrained"
+    elif folder.is_absolute() or section.base.count("/") > 1 or section.base.startswith((".", "~")):
+        why, do = "no such folder here", "check the spelling"
     else:
         why = f"no such folder here, and the Hub did not give it: {first}"
         do = "check the spelling; offline, give a local folder"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from selectune import recipe_words as words
 from selectune import registry
-from selectune.errors import ConfigError, nearest
+from selectune.errors import TOLD, ConfigError, nearest
 from selectune.recipe_file import Tree
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _scorer(
                 '"full" takes no options' if whole_pool else f'"{name}" is no data scorer',
                 where=tree.where(path),
                 why=f"known are: {', '.join(names)}",
-                do='remove "options"' if whole_pool else nearest(name, names),
+                do='remove "options"' if whole_pool else nearest(name, names, instead=TOLD),
             )
         ]
     return _options(registry.get("data_scorer", name), options or {}, path, tree)
@@ -86,7 +86,7 @@ def _training(
                 f'"{section.weights.method}" is no scorer of weights',
                 where=tree.where((*home, "method")),
                 why=f"known are: {', '.join(names)}",
-                do=nearest(section.weights.method, names),
+                do=nearest(section.weights.method, names, instead=TOLD),
             )
         )
         return found
@@ -129,7 +129,7 @@ def _method(
                 f'"{name}" is no training method',
                 where=tree.where(path),
                 why=f"known are: {', '.join(names)}",
-                do=nearest(name, names),
+                do=nearest(name, names, instead=TOLD),
             )
         ]
     entry = registry.get("training_method", name)

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from selectune.errors import ConfigError, nearest
+from selectune.errors import TOLD, ConfigError, nearest
 
 Family = Literal[
     "data_scorer", "selection_rule", "training_method", "row_picker", "weight_scorer", "compressor"
@@ -311,6 +311,6 @@ def get(family: Family, name: str, *, where: str = "") -> Entry:
             f'"{name}" is no {family.replace("_", " ")}',
             where=where,
             why=f"known are: {', '.join(known)}",
-            do=nearest(name, known),
+            do=nearest(name, known, instead=TOLD),
         )
     return known[name]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selectune import registry
-from selectune.errors import ConfigError, nearest
+from selectune.errors import TOLD, ConfigError, nearest
 from selectune.recipe import describe, describe_owner
 from selectune.recipe_words import option_rows
 
@@ -78,7 +78,7 @@ def method(name: str) -> Listing:
             f'"{name}" is no method',
             where="command line",
             why=f"known are: {', '.join(known)}",
-            do=nearest(name, known),
+            do=nearest(name, known, instead=TOLD),
         )
     same = [(e, key) for e, key in every if e.name == name]
     first, *others = [_facts(e) for e, _ in same]
