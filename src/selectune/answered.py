@@ -15,7 +15,7 @@ from selectune.evaluation import Evaluation, Generation, evaluate, generate_answ
 from selectune.evaluation.generic_text import GenericLoss, generic_loss
 from selectune.files import KillPoint, kill_point, open_dir, staged
 from selectune.ground import Ground, digest
-from selectune.models import Base
+from selectune.models import Base, choose_device, choose_precision
 
 Questions = Mapping[str, Sequence[Example]]  # by task
 Load = Callable[[], tuple[Base, nn.Module]]
@@ -167,12 +167,15 @@ def _how(ground: Ground, base: Base) -> dict[str, Any]:
 def _facts(ground: Ground, path: Path | None, asked: Sequence[Example]) -> dict[str, Any]:
     """Return what answers depend on."""
     recipe = ground.recipe
+    device = choose_device(recipe.model.device)
     return {
         "model": _content(ground, path),
         "ids": [e.id for e in asked],
         "options": [list(e.options) for e in asked],
         "max_length": recipe.data.max_length,
-        "dtype": recipe.model.dtype,
+        "tokenizer": ground.tokenizer_fingerprint,
+        "device": device.type,
+        "precision": choose_precision(recipe.model.dtype, device),
         "token_budget": recipe.evaluate.token_budget,
     }
 

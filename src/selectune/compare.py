@@ -27,7 +27,7 @@ import numpy as np
 from selectune.answered import evaluate_arm, generate_arm, once, read_arm
 from selectune.arms import BASE, TunedArm, choose, control_selection, tune_arm
 from selectune.cells import cell_folder, replay, write_cell
-from selectune.comparison import RANDOM, Cell, ComparisonTable, make_rows
+from selectune.comparison import ALL_TASKS, RANDOM, Cell, ComparisonTable, make_rows
 from selectune.data import Example, content_key
 from selectune.errors import ConfigError, DataError
 from selectune.evaluation import Evaluation, Generation
@@ -50,7 +50,7 @@ from selectune.scoring import evidence_steps, score_pool
 from selectune.selection import Selection
 from selectune.text_table import TextRow, text_rows
 from selectune.transfer_table import TransferRow, transfer_rows
-from selectune.warmup import checkpoint_epochs
+from selectune.warmup import checkpoint_epochs, epochs_needed, epochs_run
 
 Tasks = tuple[str, ...]
 
@@ -82,6 +82,12 @@ class _Grid:
                 where="data.heldout",
                 why="a comparison is made on held-out examples",
                 do=f"add data.heldout.{missing[0]}",
+            )
+        self._refuse_collisions()
+        if self._is_round_robin and len(self._asked_by_option) < 2:
+            progress.note(
+                "no table of transfer: it counts right answers, and fewer than two tasks have "
+                "options"
             )
 
     def ground(self, seed: int) -> Ground:
@@ -118,6 +124,12 @@ class _Grid:
             kept[task] = tuple(e for e in examples if content_key(e.id) not in aside)
         ground.prepared = replace(ground.prepared, targets=kept)
 
+    def release(self, seed: int) -> None:
+        """Let go of the evidence of a seed whose cells are done; it lies on disk."""
+        ground = self.ground(seed)
+        ground.stored = ground.states = None
+        ground.passes.clear()
+
     @property
     def groups(self) -> list[Tasks]:
         """The tasks that share settings, a selection and a training."""
@@ -145,7 +157,8 @@ class _Grid:
         """Return what a method chooses for some tasks together."""
         ground = self.ground(seed)
         if method.method == FULL:
-            return control_selection(ground, FULL)
+            whole = control_selection(ground, FULL)
+            return self._own(whole, tasks) if self.transfers else whole
         ground.focus(tasks)
         scores = score_pool(ground, method.method, dict(method.options))
         return choose(ground, scores, "", quotas=self._quotas(tasks) if self.transfers else None)
@@ -170,6 +183,12 @@ class _Grid:
         return tuple(
             task for task in self.ground(self.matrix.seeds[0]).prepared.targets if task in found
         )
+
+    def _own(self, selection: Selection, tasks: Tasks) -> Selection:
+        """Return what of a selection comes from the tasks' own sources."""
+        sources = self.ground(self.matrix.seeds[0]).prepared.sources
+        own = {source for source, (_, most) in self._quotas(tasks).items() if most}
+        return replace(selection, ids=tuple(i for i in selection.ids if sources[i] in own))
 
     def _quotas(self, tasks: Tasks) -> dict[str, tuple[float, float]]:
         """Return quotas that leave the tasks' own examples alone."""
@@ -314,10 +333,16 @@ class _Grid:
     def _seconds_before(self, ground: Ground, method: MatrixMethod, label: str) -> float:
         """Return what a method's evidence cost, as if no other had shared it."""
         steps = [f"weights {label}"]
+        # Beside a scorer of later epochs the warm-up goes on, which is not this one's to pay.
+        share = {"warmup": 1.0}
         if method.method != FULL:
-            steps += evidence_steps(ground.recipe, method.method, dict(method.options))
-        found = (ground.costs[step]["seconds"] for step in steps if step in ground.costs)
-        return float(sum(found))
+            options = dict(method.options)
+            steps += evidence_steps(ground.recipe, method.method, options)
+            share["warmup"] = epochs_needed(ground.recipe, method.method, options) / max(
+                1, epochs_run(ground)
+            )
+        costs = ground.costs
+        return float(sum(costs[s]["seconds"] * share.get(s, 1.0) for s in steps if s in costs))
 
     def _keep(
         self,
@@ -333,13 +358,15 @@ class _Grid:
 
     def transfer_table(self, bases: Mapping[str, Evaluation]) -> list[TransferRow]:
         """Return what training on one task did to the others; nothing unless asked for."""
-        # A round-robin trains on the tasks that it tests on, two at least.
-        if set(self._elsewhere) != set(self.tasks) or len(self.tasks) < 2:
+        tasks = self._asked_by_option
+        if not self._is_round_robin or len(tasks) < 2:
             return []
         ground = self.ground(self.matrix.seeds[0])
-        untouched: dict[Scoring, Mapping[str, Evaluation | Generation]] = {"likelihood": bases}
+        untouched: dict[Scoring, Mapping[str, Evaluation | Generation]] = {
+            "likelihood": {task: bases[task] for task in tasks}
+        }
         if self.recipe.evaluate.generate:
-            questions = {task: ground.prepared.heldout[task] for task in self.tasks}
+            questions = {task: ground.prepared.heldout[task] for task in tasks}
             untouched["generated"] = generate_arm(ground, BASE, None, questions)
         return [
             row
@@ -354,6 +381,40 @@ class _Grid:
                 n_boot=self.recipe.evaluate.intervals,
             )
         ]
+
+    @property
+    def _is_round_robin(self) -> bool:
+        """Whether models are tested on the tasks that all of them are trained on."""
+        return self.transfers and set(self._elsewhere) == set(self.tasks)
+
+    @property
+    def _asked_by_option(self) -> list[str]:
+        """The tasks whose held-out questions have options, which can be answered rightly."""
+        heldout = self.ground(self.matrix.seeds[0]).prepared.heldout
+        limit = self.recipe.evaluate.limit
+        return [t for t in self.tasks if any(e.options for e in heldout[t][:limit])]
+
+    def _refuse_collisions(self) -> None:
+        """Refuse names that the table needs for itself, and cells that would share a folder."""
+        if ALL_TASKS in self.tasks:
+            raise ConfigError(
+                f'a task is called "{ALL_TASKS}"',
+                where="data.target",
+                why="that is the row of all tasks together",
+                do="give the task another name",
+            )
+        folders: dict[Path, str] = {}
+        for tasks, method in itertools.product(self.groups, self.methods):
+            folder = cell_folder(self.out, method.name, tasks, self.matrix.seeds[0])
+            cell = f"{method.name} on {', '.join(tasks)}"
+            if folder in folders:
+                raise ConfigError(
+                    f"two cells would share a folder: {folders[folder]}, and {cell}",
+                    where="matrix.methods",
+                    why=f"both come out as {folder.name}",
+                    do="give a method another name",
+                )
+            folders[folder] = cell
 
     @property
     def reads_text(self) -> bool:
@@ -424,10 +485,12 @@ def compare(
             ground = grid.ground(matrix.seeds[0])
             questions = {task: ground.prepared.heldout[task]}
             bases[task] = evaluate_arm(ground, BASE, None, questions)[task]
-        for seed, tasks, method in itertools.product(matrix.seeds, grid.groups, grid.methods):
-            for task, cell in grid.cells(method, tasks, seed).items():
-                cells[task, method.name, seed] = cell
-                progress.note(_progress_line(cells, task, method.name, seed, bases[task]))
+        for seed in matrix.seeds:
+            for tasks, method in itertools.product(grid.groups, grid.methods):
+                for task, cell in grid.cells(method, tasks, seed).items():
+                    cells[task, method.name, seed] = cell
+                    progress.note(_progress_line(cells, task, method.name, seed, bases[task]))
+            grid.release(seed)
         costs = {str(seed): dict(grid.ground(seed).costs) for seed in matrix.seeds}
         rows = make_rows(
             cells,
@@ -470,6 +533,17 @@ def _methods(matrix: MatrixSection) -> list[MatrixMethod]:
     ]
     if RANDOM not in [m.name for m in methods]:
         methods.insert(0, MatrixMethod(name=RANDOM, method=RANDOM))
+    for method in methods:
+        is_plain = method == MatrixMethod(name=RANDOM, method=RANDOM)
+        if method.name == BASE or (method.name == RANDOM and not is_plain):
+            raise ConfigError(
+                f'a row of the matrix is called "{method.name}"',
+                where="matrix.methods",
+                why="that is the untouched model"
+                if method.name == BASE
+                else "that is what every row is compared with: plain training on a random draw",
+                do="give it another name",
+            )
     names = [m.name for m in methods]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

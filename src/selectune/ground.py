@@ -1,7 +1,6 @@
 """What the steps of one run share: data, tokens, the base model, and where results lie."""
 
 import json
-import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,6 +14,7 @@ from selectune.data import Tokens, read_examples
 from selectune.digests import digest as digest
 from selectune.errors import CorruptFileError, IncompatibleRunError
 from selectune.files import Alone, Hands, is_complete, open_dir, write_file
+from selectune.files.disk import remove
 from selectune.gradients.facts import StateFacts
 from selectune.gradients.store import StoredPool
 from selectune.gradients.view import View
@@ -63,6 +63,7 @@ class Ground:
         self.progress = progress
         self._tasks = tasks
         self.costs: dict[str, dict[str, Any]] = {}
+        self._prices: dict[str, dict[Path, dict[str, Any]]] = {}
         self._base_fingerprint: str | None = None
         self.expected_base: str | None = None
         self.hands: Hands = Alone()  # others, where processes share the scoring
@@ -88,6 +89,15 @@ class Ground:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
         return load_tokenizer(self.assets.model)
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """A hash of how text becomes tokens."""
+        core: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = self.tokenizer.get_vocab() if core is None else core.to_str()
+        special = self.tokenizer.special_tokens_map
+        template = self.tokenizer.chat_template
+        return digest({"words": words, "special": str(special), "template": template})
 
     @cached_property
     def tokens(self) -> PreparedTokens:
@@ -185,7 +195,7 @@ class Ground:
             return False
         if open_dir(path, kind=kind).meta["fingerprint"] == fingerprint:
             return True
-        shutil.rmtree(path)
+        remove(path)
         return False
 
     def train(
@@ -250,7 +260,7 @@ class Ground:
             except IncompatibleRunError:
                 if not isinstance(self.hands, Alone):
                     raise  # another process may be using it
-                shutil.rmtree(path)  # stale, as in `is_done`
+                remove(path)  # stale, as in `is_done`
                 return run()
 
     @contextmanager
@@ -273,7 +283,10 @@ class Ground:
         write_file(path.with_name(name), json.dumps(price.to_json()).encode())
 
     def recall(self, step: str, path: Path) -> None:
-        """Read what a finished step cost: seconds of all processes that shared it, highest peak."""
+        """Read what a finished step cost: seconds of all processes that shared it, highest peak.
+
+        A step of several results, as the evaluation of several tasks, costs what all of them do.
+        """
         found: dict[str, Any] = {}
         for file in sorted(path.parent.glob(f"{path.name}.*cost.json")):
             try:
@@ -286,10 +299,16 @@ class Ground:
             except (ValueError, TypeError, AttributeError) as error:
                 raise CorruptFileError("a price cannot be read", where=str(file)) from error
         if found:
-            self.costs[step] = found
+            self._prices.setdefault(step, {})[path] = found
+            parts = self._prices[step].values()
+            self.costs[step] = {
+                key: round(sum(p[key] for p in parts), 3) if key == "seconds"
+                else max(p.get(key, 0) for p in parts)
+                for key in found
+            }  # fmt: skip
 
     def forget(self, path: Path) -> None:
         """Remove a result of other inputs, and what it cost."""
-        shutil.rmtree(path)
+        remove(path)
         for file in path.parent.glob(f"{path.name}.*cost.json"):
             file.unlink()

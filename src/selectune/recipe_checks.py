@@ -121,6 +121,13 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             f'remove "{PLAIN}", or name a tune.method',
         )
     matrix = recipe.matrix
+    if matrix is not None and len(set(matrix.seeds)) < len(matrix.seeds):
+        add(
+            ("matrix", "seeds"),
+            "a seed of the matrix stands twice",
+            "one model would count as two, and make intervals too narrow",
+            "name every seed once",
+        )
     if matrix is not None and matrix.transfer:
         if matrix.tune is not None and matrix.tune.choose == "all":
             add(

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selectune.adapters import adapter_fingerprint, load_tuned
+from selectune.adapters import adapter_fingerprint, checkpoints_fingerprint, load_tuned
 from selectune.answered import evaluate_arm
 from selectune.arms import (
     BASE,
@@ -43,6 +43,7 @@ from selectune.foresee import refuse_unworkable
 from selectune.ground import Ground, digest
 from selectune.interchange.scores import MEANING
 from selectune.measure import Measured
+from selectune.methods.evidence import ReadsCheckpoints
 from selectune.methods.rules import Budget
 from selectune.models import choose_device, choose_precision, model_is_package
 from selectune.offsite.plugin_files import KIND as PLUGIN_KIND
@@ -283,10 +284,9 @@ class Run:
     @cached_property
     def _record(self) -> Record:
         device = choose_device(self.recipe.model.device)
-        own = self.recipe.model.adapter
         inputs = {
             "data": self.ground.prepared.fingerprint,
-            "adapter_files": "" if own is None else adapter_fingerprint(own),
+            "adapter_files": self._own_adapter,
             "precision": f"{choose_precision(self.recipe.model.dtype, device)} on {device.type}",
             **_outside_scores(self.recipe),
         }
@@ -308,9 +308,20 @@ class Run:
     def _unlock(self) -> None:
         self._is_locked = False
 
+    @cached_property
+    def _own_adapter(self) -> str:
+        """A hash of what is read of the user's own adapter; empty without one."""
+        own, section = self.recipe.model.adapter, self.recipe.score
+        if own is None:
+            return ""
+        entry = get("data_scorer", section.method)
+        if "checkpoints" not in entry.needs:
+            return adapter_fingerprint(own)
+        reading: ReadsCheckpoints = entry.parse(dict(section.options))
+        return checkpoints_fingerprint(own, reading.epochs)
+
     def _score_fingerprint(self) -> str:
         recipe, targets = self.recipe, self.ground.prepared.targets
-        own = recipe.model.adapter
         return digest(
             {
                 "model": recipe.model.model_dump(mode="json"),
@@ -322,7 +333,7 @@ class Run:
                 "score": recipe.score.model_dump(mode="json"),
                 "data": [recipe.data.max_length, recipe.data.loss_on],
                 "tokens": self.ground.tokens.fingerprint,
-                "adapter_files": None if own is None else adapter_fingerprint(own),
+                "adapter_files": self._own_adapter,
                 "tasks": {t: [(e.id, e.group) for e in targets[t]] for t in self.ground.tasks},
                 "seed": recipe.seed,
                 **_outside_scores(recipe),
@@ -598,7 +609,8 @@ def _write_chosen(out: Path, ground: Ground, scores: Scores, selection: Selectio
         json.dumps({**example.extra, "selectune": row}, ensure_ascii=False, default=str)
         for example, row in zip(chosen, rows, strict=True)
     ]
-    write_file(out / CHOSEN[0], ("\n".join(lines) + "\n").encode())
+    # A column that nothing reads may hold half a character.
+    write_file(out / CHOSEN[0], ("\n".join(lines) + "\n").encode(errors="replace"))
     contents = [json.dumps(dict(e.content), ensure_ascii=False) for e in chosen]
     table = pa.Table.from_pylist(rows).append_column("content", pa.array(contents, pa.string()))
     sink = pa.BufferOutputStream()

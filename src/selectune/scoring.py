@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from selectune.adapters import adapter_fingerprint
+from selectune.adapters import adapter_fingerprint, checkpoints_fingerprint
 from selectune.errors import IncompatibleRunError, SelectionError
 from selectune.files import open_dir, staged
 from selectune.gradients.adam import Moments, adam_steps
@@ -192,7 +192,7 @@ def _checkpoint_passes(ground: Ground, n: int, view: View) -> Iterator[tuple[_Pa
             ground,
             base,
             warmed.at(k - 1),
-            {} if own is None else {"adapter_files": adapter_fingerprint(checkpoint.path)},
+            {} if own is None else {"adapter_files": checkpoints_fingerprint(checkpoint.path)},
             view,
             None if view.adam == "none" else warmed.moments(k - 1),
             _label(recipe, k, n, view),

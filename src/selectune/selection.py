@@ -42,6 +42,13 @@ class Scores:
                     f'column "{name}" holds {len(column)} numbers for {n} examples',
                     why="every column has one number per example",
                 )
+        taken = sorted({"id", "score", "best_target"} & set(self.columns))
+        if taken:
+            raise SelectionError(
+                f'a further column of scores is called "{taken[0]}"',
+                why="that is a name of a column that all scores have",
+                do="give it another name",
+            )
         if len(set(self.ids)) != n:
             raise SelectionError("an example id stands twice in the scores")
         if np.isnan(self.score).any():

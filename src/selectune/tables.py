@@ -10,9 +10,10 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
         head: one cell for each column.
         body: the rows below it.
     """
-    widths = [max(len(line[k]) for line in (head, *body)) for k in range(len(head))]
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in (head, *body)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * width for width in widths]
-    return [_row(line, widths) for line in (head, rule, *body)]
+    return [_row(line, widths) for line in (lines[0], rule, *lines[1:])]
 
 
 def signed(value: float, low: float, high: float, digits: int = 3) -> str:

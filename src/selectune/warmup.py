@@ -6,7 +6,6 @@ adapter (`model.adapter`) brings checkpoints instead.
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from selectune.adapters import add_adapter, load_adapter
 from selectune.errors import ConfigError
 from selectune.files import KillPoint, is_complete, kill_point, open_dir
+from selectune.files.disk import remove
 from selectune.gradients.adam import Moments
 from selectune.ground import Ground, digest
 from selectune.methods.evidence import ReadsCheckpoints
@@ -85,6 +85,20 @@ def checkpoint_epochs(recipe: Recipe) -> int:
         ),
         default=0,
     )
+
+
+def epochs_needed(recipe: Recipe, name: str, options: Mapping[str, Any]) -> int:
+    """Return how many epochs of the warm-up a scorer needs by itself.
+
+    Args:
+        recipe: of the run.
+        name: of the scorer.
+        options: its options, as the recipe gives them.
+    """
+    entry = get("data_scorer", name)
+    if "checkpoints" not in entry.needs or recipe.model.adapter is not None:
+        return recipe.warmup.epochs
+    return max(recipe.warmup.epochs, epochs_read(recipe, entry.parse(dict(options))))
 
 
 def epochs_run(ground: Ground) -> int:
@@ -218,7 +232,7 @@ def warm_up(ground: Ground, base: Base) -> Warmed:
     n_steps = -(-len(items) // (options.batch_size * options.accumulation))
     with ground.hands.turn("warmup", lambda: is_complete(path / "adapter", ADAPTER)):
         if keeps and _lacks_checkpoints(path, n_steps, n_epochs):
-            shutil.rmtree(path)  # of a run whose scorers read none
+            remove(path)  # of a run whose scorers read none
         result = ground.train(
             base,
             model,

@@ -11,9 +11,12 @@ import selectune
 from selectune import scoring
 from selectune.compare import compare
 from selectune.errors import ConfigError
+from selectune.ground import Ground
+from selectune.models import trainable_fingerprint
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
 from selectune.run import Run
+from selectune.warmup import warmed_model
 from small_run import small_recipe
 
 TWO = ["warmup.schedule_epochs=2", "score.method=less"]
@@ -77,6 +80,23 @@ def test_less_reads_every_epoch_and_scores_again_without_a_pass(
         load_recipe(folder / "recipe.yaml", TWO), out=folder / "run", allow=["score.options"]
     ).score()
     assert column(folder).tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("batch", [4, 16])  # three steps an epoch, and one
+def test_scorers_of_later_epochs_leave_the_first_alone(batch: int, folder: Path) -> None:
+    more = [f"tune.batch_size={batch}", "tune.warmup_ratio=0.3", "score.method=gist"]
+    recipe = load_recipe(folder / "recipe.yaml", more)
+    found: list[str] = []
+    for n in (0, 4):
+        out = folder / f"kept-{n}"
+        ground = Ground(
+            recipe, out, shared=None, tasks=None, progress=Silent(), checkpoint_epochs=n
+        )
+        found.append(trainable_fingerprint(warmed_model(ground, ground.base())))
+    assert found[0] == found[1]
+    fresh = load_recipe(folder / "recipe.yaml", [*more, "warmup.epochs=0"])
+    ground = Ground(fresh, folder / "fresh", shared=None, tasks=None, progress=Silent())
+    assert trainable_fingerprint(warmed_model(ground, ground.base())) != found[0]
 
 
 def test_gist_finds_the_pass_that_tracin_made(folder: Path) -> None:

@@ -162,6 +162,13 @@ def test_csv_and_markdown_hold_the_same_rows(folder: Path) -> None:
     ("override", "words"),
     [
         ("matrix.methods=[gist, gist]", 'two methods of the matrix are called "gist"'),
+        ("matrix.methods=[{name: random, method: gist}]", "what every row is compared with"),
+        (
+            "matrix.methods=[{name: random, method: random, epochs: 1}]",
+            "what every row is compared",
+        ),
+        ("matrix.methods=[{name: base, method: gist}]", "the untouched model"),
+        ("matrix.methods=[{name: a b, method: gist}, {name: a/b, method: gist}]", "share a folder"),
         ("data.heldout=null", "has no held-out examples"),
     ],
 )
@@ -171,6 +178,31 @@ def test_impossible_grids_are_refused(
     recipe = load_recipe(folder / "recipe.yaml", [override, f"output={tmp_path / 'x'}"])
     with pytest.raises(ConfigError, match=words):
         compare(recipe, out=tmp_path / "x", progress=Silent())
+
+
+def test_a_task_is_not_called_like_the_row_of_all(folder: Path, tmp_path: Path) -> None:
+    overrides = [f"data.{what}={{mean: {folder}/{what}.jsonl}}" for what in ("target", "heldout")]
+    recipe = load_recipe(folder / "recipe.yaml", [*overrides, "matrix.targets=[]"])
+    with pytest.raises(ConfigError, match="the row of all tasks together"):
+        compare(recipe, out=tmp_path / "x", progress=Silent())
+
+
+def test_a_seed_counts_once(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="stands twice"):
+        load_recipe(folder / "recipe.yaml", ["matrix.seeds=[0, 1, 0]"])
+
+
+def test_evaluating_two_tasks_costs_both(folder: Path) -> None:
+    costs = json.loads((folder / "run/table.json").read_text())["costs"]["0"]
+    parts = [json.loads(p.read_text())["seconds"] for p in bases(folder)]
+    assert len(parts) == 2
+    assert costs["evaluate base"]["seconds"] == pytest.approx(sum(parts), abs=2e-3)
+
+
+def bases(folder: Path) -> list[Path]:
+    """The prices of asking the base: the evaluations that were made before any training."""
+    every = (folder / "run/shared/evaluation").glob("*.cost.json")
+    return sorted(every, key=lambda path: path.stat().st_mtime_ns)[:2]
 
 
 def test_the_page_shows_every_method_and_what_a_model_cost(folder: Path) -> None:

@@ -270,6 +270,27 @@ def test_leaks_and_repeats_are_dropped_with_reasons(tmp_path: Path) -> None:
         Run(strict, out=tmp_path / "other").select()
 
 
+def test_half_a_character_in_a_column_of_the_users_own_hinders_nothing(tmp_path: Path) -> None:
+    small_recipe(tmp_path)
+    pool = tmp_path / "pool.jsonl"
+    rows = [{**json.loads(line), "note": "\ud800"} for line in pool.read_text().splitlines()]
+    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["score.method=random"])
+    Run(recipe, out=tmp_path / "run").select()
+    chosen = (tmp_path / "run/selected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["note"] for line in chosen} == {"?"}
+
+
+def test_answers_are_those_of_one_tokenizer(tmp_path: Path) -> None:
+    recipe = load_recipe(small_recipe(tmp_path))
+    run = Run(recipe, out=tmp_path / "run")
+    before = run.ground.tokenizer_fingerprint
+    assert before == Run(recipe, out=tmp_path / "run").ground.tokenizer_fingerprint
+    run.ground.tokenizer.chat_template = "{{ messages }}"
+    del run.ground.tokenizer_fingerprint
+    assert run.ground.tokenizer_fingerprint != before
+
+
 def test_weights_with_nan_are_named_before_hours_are_lost(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

@@ -181,6 +181,29 @@ def test_a_cell_of_transfer_is_replayed_alone(folder: Path, tmp_path: Path) -> N
     assert again == first
 
 
+def test_the_whole_pool_is_that_of_the_task_where_tasks_train_by_themselves(
+    tmp_path: Path,
+) -> None:
+    path = two_tasks(tmp_path)
+    methods = ["matrix.methods=[full]", "matrix.seeds=[0]", "matrix.targets=[sums]"]
+    grid(path, *methods, "matrix.transfer=[colours]")
+    cell = json.loads((tmp_path / "run/cells/full-sums-seed-0/cell.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
+    assert 0 < cell["n_examples"] <= sum(row["source"] == "sums" for row in rows) < len(rows)
+
+
+def test_without_options_there_is_no_table_of_transfer(tmp_path: Path) -> None:
+    path = two_tasks(tmp_path)
+    for name in ("sums_heldout", "heldout"):
+        file = tmp_path / f"{name}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        bare = [{k: v for k, v in row.items() if k != "options"} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in bare))
+    found = grid(path, "matrix.methods=[random]", "matrix.seeds=[0]")
+    assert not found.transfers
+    assert {row.task for row in found.rows} >= {"colours", "sums"}
+
+
 def test_models_may_be_tested_on_named_tasks_alone(tmp_path: Path) -> None:
     path = two_tasks(tmp_path)
     found = grid(path, "matrix.targets=[sums]", "matrix.transfer=[colours]", "matrix.seeds=[0]")

@@ -6,7 +6,12 @@ tuners, so that `PeftModel` saves and loads them once this package is imported.
 
 from selectune.adapters.add import add_adapter
 from selectune.adapters.bottleneck import BottleneckConfig, BottleneckLayer
-from selectune.adapters.load import adapter_fingerprint, load_adapter, load_tuned
+from selectune.adapters.load import (
+    adapter_fingerprint,
+    checkpoints_fingerprint,
+    load_adapter,
+    load_tuned,
+)
 from selectune.adapters.prefix import BlockPrefix, put_in_blocks
 
 __all__ = [
@@ -15,6 +20,7 @@ __all__ = [
     "BottleneckLayer",
     "adapter_fingerprint",
     "add_adapter",
+    "checkpoints_fingerprint",
     "load_adapter",
     "load_tuned",
     "put_in_blocks",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,21 +77,31 @@ def load_adapter(base: Base, path: str | Path) -> nn.Module:
 def adapter_fingerprint(path: str | Path) -> str:
     """Return a short hash of a saved adapter, its configuration included.
 
-    Of the output of a Trainer, that of all its checkpoints, with their optimizer states.
-
     Raises:
         ConfigError: the folder holds no peft adapter.
     """
-    folder = Path(path)
-    if not (folder / "adapter_config.json").exists() and any(folder.glob("checkpoint-*")):
-        files = [
-            file
-            for checkpoint in checkpoint_folders(folder)
-            for file in (*_adapter_files(checkpoint), *checkpoint.glob("optimizer.pt"))
-        ]
-    else:
-        files = [*_adapter_files(folder)]
-    parts = "".join(sha256_file(file) for file in files)
+    return _hash_of(_adapter_files(Path(path)))
+
+
+def checkpoints_fingerprint(path: str | Path, n: int | None = None) -> str:
+    """Return a short hash of a Trainer's checkpoints: adapters, optimizer states, learning rates.
+
+    Args:
+        path: its `output_dir`, or one `checkpoint-N` in it.
+        n: how many, from the first; None for all.
+
+    Raises:
+        ConfigError: there are fewer, or one holds no peft adapter.
+    """
+    files: list[Path] = []
+    for checkpoint in checkpoint_folders(path, n):
+        states = (checkpoint / name for name in ("optimizer.pt", "trainer_state.json"))
+        files += [*_adapter_files(checkpoint), *(file for file in states if file.exists())]
+    return _hash_of(files)
+
+
+def _hash_of(files: Iterable[Path]) -> str:
+    parts = "".join(f"{file.name} {sha256_file(file)};" for file in files)
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 

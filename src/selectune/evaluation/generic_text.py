@@ -18,6 +18,8 @@ from selectune.errors import ConfigError, DataError, TrainingError
 from selectune.evaluation.estimate import LEVELS, Estimate
 from selectune.gradients.loss import target_nll
 
+_DRAWS_AT_ONCE = 1 << 22  # numbers of one bootstrap that are held together: 32 MB
+
 
 @dataclass(frozen=True, slots=True)
 class GenericLoss:
@@ -160,8 +162,13 @@ def compare_generic(
         raise _other_texts()
     nats = np.array([mine[id][0] - other[id][0] for id in ids])
     n_tokens = np.array([mine[id][1] for id in ids])
-    picks = np.random.default_rng(seed).integers(len(ids), size=(n_boot, len(ids)))
-    low, high = np.percentile(nats[picks].sum(1) / n_tokens[picks].sum(1), LEVELS)
+    generator, n = np.random.default_rng(seed), len(ids)
+    at_once = max(1, _DRAWS_AT_ONCE // n)
+    means: list[np.ndarray] = []
+    for start in range(0, n_boot, at_once):
+        picks = generator.integers(n, size=(min(at_once, n_boot - start), n))
+        means.append(nats[picks].sum(1) / n_tokens[picks].sum(1))
+    low, high = np.percentile(np.concatenate(means), LEVELS)
     return Estimate(float(nats.sum() / n_tokens.sum()), float(low), float(high))
 
 

@@ -230,6 +230,7 @@ def _score_type(info: Mapping[str, Any], m: int, folder: Path) -> np.dtype[Any]:
         } if len(found) == len(formats) == 2 * m:
             names = [name for i in range(m) for name in (f"score_{i}", f"written_{i}")]
             known = all(isinstance(f, str) and f in _TYPES for f in formats)
+            known = known and {*formats[1::2]} == {"bool"} and "bool" not in formats[::2]
             if found == names and known:
                 try:
                     return np.dtype(

@@ -29,6 +29,7 @@ OUTSIDE = "file"  # method of scores that nobody signed
 MEANING = b"selectune"  # key of our facts in a parquet file's metadata
 _READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
 _TEXT = ("id", "best_target")
+_ANOTHER = "file_score"  # what becomes of a column "score" where another one ranks
 
 
 def write_scores(scores: Scores, path: Path) -> None:
@@ -82,9 +83,10 @@ def read_scores(path: Path, *, column: str = "score", higher_is_better: bool = T
     for name in names:
         if name in (*_TEXT, column):
             continue
+        kept = _ANOTHER if name == "score" else name
         values = [(where, row.get(name)) for where, row in rows]
         if any(_as_number(value) is not None for _, value in values):
-            columns[name] = np.asarray([_number(where, value, name) for where, value in values])
+            columns[kept] = np.asarray([_number(where, value, name) for where, value in values])
         elif any(value is not None for _, value in values):
             texts.append(name)
     if texts:

@@ -268,7 +268,8 @@ def _arguments(
     stop_after_epochs: int | None,
 ) -> TrainingArguments:
     n_steps = batches.n_steps * options.epochs
-    n_run = batches.n_steps * (stop_after_epochs or options.epochs)
+    # The same rates whenever it ends early: what is kept of a first epoch is that of a longer run.
+    n_run = batches.n_steps * (1 if stop_after_epochs else options.epochs)
     common: dict[str, Any] = {
         "output_dir": str(output),
         "per_device_train_batch_size": options.batch_size,

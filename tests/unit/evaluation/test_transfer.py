@@ -11,7 +11,7 @@ from evaluation_case import WORDS, question, tiny_lm, tiny_tokenizer
 
 from selectune.data.examples import Row, number_rows
 from selectune.errors import ConfigError, DataError, TrainingError
-from selectune.evaluation import evaluate
+from selectune.evaluation import evaluate, generic_text
 from selectune.evaluation.generation import generate_answers
 from selectune.evaluation.generic_text import GenericLoss, compare_generic, generic_loss
 from selectune.evaluation.transfer import (
@@ -276,7 +276,7 @@ def test_means_weigh_tokens_and_perplexity_is_their_exponential() -> None:
     }
 
 
-def test_losses_are_compared_text_by_text() -> None:
+def test_losses_are_compared_text_by_text(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     n_tokens = rng.integers(5, 50, 40)
     hard = rng.normal(0, 50, 40)
@@ -287,6 +287,9 @@ def test_losses_are_compared_text_by_text() -> None:
     found = compare_generic(a, b, n_boot=500)
     assert 0.19 < found.low < found.value < found.high < 0.21
     assert found.excludes_zero
+    with monkeypatch.context() as patch:
+        patch.setattr(generic_text, "_DRAWS_AT_ONCE", 130)  # three of 500 at once
+        assert compare_generic(a, b, n_boot=500) == found
     turned = GenericLoss(b.ids[::-1], b.nats[::-1], b.n_tokens[::-1])
     assert compare_generic(a, turned, n_boot=500) == found
     with pytest.raises(DataError, match="cannot be compared"):

@@ -99,6 +99,14 @@ def test_scores_that_were_never_written_are_refused(tmp_path: Path) -> None:
         bergson_scores(folder, POOL, higher_is_better=True)
 
 
+def test_flags_that_are_no_flags_are_refused(tmp_path: Path) -> None:
+    folder = make_scores(tmp_path / "s")
+    info = folder / "info.json"
+    info.write_text(info.read_text().replace('"bool"', '"float32"'))
+    with pytest.raises(DataError, match="its row is described"):
+        bergson_scores(folder, POOL, higher_is_better=True)
+
+
 @pytest.mark.parametrize("kind", NUMPY)
 def test_an_index_is_compared_with_a_query_as_a_plain_loop_does(kind: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)

@@ -61,7 +61,11 @@ def test_another_column_may_rank_and_the_lowest_may_come_first(tmp_path: Path) -
     read = Scores.load(jsonl(tmp_path / "s.jsonl", *rows), column="loss", higher_is_better=False)
     assert read.ranking() == ["b", "a"]
     assert read["b"] == -0.5
-    assert read.columns["score"].tolist() == [0.0, 1.0]
+    assert read.columns["file_score"].tolist() == [0.0, 1.0]
+    again = Scores.from_table(read.to_table(), read.method, read.about)
+    assert again.ranking() == ["b", "a"]
+    with pytest.raises(SelectionError, match='column of scores is called "score"'):
+        Scores("m", ("a",), np.ones(1), {"score": np.ones(1)})
 
 
 def test_a_dictionary_of_pandas_is_read(tmp_path: Path) -> None:

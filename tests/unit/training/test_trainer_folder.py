@@ -11,6 +11,7 @@ import torch
 from stock import Stock, stock_model, train_stock
 from torch import nn
 
+from selectune.adapters import checkpoints_fingerprint
 from selectune.errors import ConfigError, CorruptFileError, IncompatibleRunError, SelectuneError
 from selectune.training.trainer_folder import (
     checkpoint_folders,
@@ -170,6 +171,20 @@ def test_a_way_without_a_logged_rate_is_refused(copied: Path) -> None:
         trainer_checkpoints(copied)
     with pytest.raises(ConfigError, match="4 checkpoints are asked for, 1 are there"):
         trainer_checkpoints(copied, 4)
+
+
+def test_states_and_rates_belong_to_what_was_read(stock: Stock, copied: Path) -> None:
+    shutil.copy(stock.folder / "checkpoint-9/adapter_config.json", copied.parent)
+    seen = {checkpoints_fingerprint(copied)}
+    for change in (
+        lambda: set_rates(copied, 0.5),
+        lambda: (copied / "optimizer.pt").write_bytes(b"other"),
+        lambda: shutil.copytree(stock.folder / "checkpoint-9", copied.parent / "checkpoint-9"),
+    ):
+        change()
+        seen.add(checkpoints_fingerprint(copied.parent))
+    assert len(seen) == 4
+    assert checkpoints_fingerprint(copied.parent, 1) in seen
 
 
 def set_rates(checkpoint: Path, rate: float) -> None:
