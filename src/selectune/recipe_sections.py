@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from selectune.recipe_methods import PLAIN
+from selectune.recipe_words import Like
 
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], Field(min_length=1)]
@@ -16,8 +17,12 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-TokenCount = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,11} tokens$")]
-TopLayers = Annotated[str, StringConstraints(pattern=r"^top:([1-9][0-9]{0,3}|[1-9][0-9]?%)$")]
+TokenCount = Annotated[
+    str, StringConstraints(pattern=r"^[1-9][0-9]{0,11} tokens$"), Like("20000 tokens")
+]
+TopLayers = Annotated[
+    str, StringConstraints(pattern=r"^top:([1-9][0-9]{0,3}|[1-9][0-9]?%)$"), Like("top:8")
+]
 SEED_LIMIT = 2**31  # numpy's legacy generators and transformers' set_seed take no more
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 
