@@ -126,7 +126,8 @@ def scored(methods: Sequence[str], pool: str) -> tuple[float, float]:
     """Return the seconds that scorers take together, and how often the pool was passed over."""
     names = ", ".join(methods)
     changes = [f"data.pool={pool}", f"matrix={{methods: [{names}]}}", "data.heldout=null"]
-    changes += ["warmup.epochs=1", "tune.controls=[]"]
+    # Several steps in an epoch even of a small pool: the first one of a schedule has rate 0.
+    changes += ["warmup.epochs=1", "warmup.fraction=0.3", "tune.batch_size=4", "tune.controls=[]"]
     with tempfile.TemporaryDirectory(prefix="selectune-scorers-") as name:
         folder = Path(name)
         recipe = load_recipe(demo_recipe(), changes)
