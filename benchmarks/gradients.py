@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from _common import look_trained
 from transformers.utils import logging as transformers_logging
 
 from selectune.adapters import add_adapter
@@ -36,11 +37,7 @@ def build(dtype: str) -> tuple[GradientEngine, Batch]:
     section = AdapterSection()
     base = load_base(ModelSection(base=str(demo_assets().model), dtype=dtype), adapter=section)
     model = add_adapter(base.model, section, seed=0)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:  # zero at the start, and then no gradient reaches A
-                p.normal_(0, 0.02)
+    look_trained(model)
     ids = torch.randint(3, 49_000, (N, T), device=base.device)
     names = tuple(f"e{k}" for k in range(N))
     return GradientEngine(model, precision=dtype), Batch(names, ids, torch.ones_like(ids), ids)

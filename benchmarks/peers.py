@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Stopwatch
+from _common import Stopwatch, look_trained
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
@@ -62,10 +62,7 @@ def make_ground(folder: Path, n_pool: int, n_targets: int) -> Path:
     section = AdapterSection()
     base = load_base(ModelSection(base=str(assets.model), dtype="float32"), adapter=section)
     model: Any = add_adapter(base.model, section, seed=0)
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:  # zero as peft makes it, and then no gradient reaches A
-            nn.init.normal_(p, std=0.02)
+    look_trained(model)
     model.save_pretrained(folder / "adapter")
     target = next(iter(assets.targets.values()))
     for name, file, n in (("pool", assets.pool, n_pool), ("targets", target, n_targets)):
@@ -221,14 +218,20 @@ def bergson_python() -> Path:
 
 
 def call(
-    arm: str, folder: Path, model: Path, dtype: str, budgets: Sequence[int], bergson: Path
+    arm: str,
+    folder: Path,
+    model: Path,
+    dtype: str,
+    budgets: Sequence[int],
+    bergson: Path,
+    *more: str,
 ) -> dict[str, Any]:
     """Run one arm in a process of its own, and return its measurement."""
     common = ["--model", str(model), "--dtype", dtype, "--budgets", *map(str, budgets)]
     if arm == "bergson":
         words = [str(bergson), str(HERE / "peers_bergson.py"), *common]
         words += ["--adapter", str(folder / "adapter"), "--examples", str(folder / "pool.json")]
-        words += ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
+        words += ["--device", "cuda" if torch.cuda.is_available() else "cpu", *more]
     else:
         words = [sys.executable, __file__, "--arm", arm, "--ground", str(folder), *common]
     done = subprocess.run(

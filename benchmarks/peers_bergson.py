@@ -1,6 +1,7 @@
-"""How fast does bergson build unprojected LoRA gradients? Runs in bergson's own environment.
+"""How fast does bergson build LoRA gradients? Runs in bergson's own environment.
 
-`peers.py` makes that environment and calls this file; it imports nothing of selectune. The steps
+`peers.py` and `less.py` make that environment and call this file, the second with a global
+projection of all gradients to a few numbers; it imports nothing of selectune. The steps
 are those of `bergson build` (2.5.1, `utils/worker_utils.py` and `collection.py`): its way to load
 an adapter, its batches, its GradientCollector and loop. The gradients are dropped once they are
 formed in memory, which spares it the 4 bytes per example and weight of an index on disk.
@@ -35,7 +36,7 @@ def load(model: str, adapter: str, dtype: torch.dtype, device: str) -> tuple[Pef
 
 
 def collect(
-    model: PeftModel, modules: set[str], data: Dataset, token_budget: int
+    model: PeftModel, modules: set[str], data: Dataset, token_budget: int, projection: int | None
 ) -> tuple[float, list[float]]:
     """Return the seconds that the gradients of `data` took, and the losses."""
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +47,9 @@ def collect(
         collector = GradientCollector(
             model=model.base_model,
             cfg=config,
-            processor=GradientProcessor(projection_dim=None),
+            processor=GradientProcessor(
+                projection_dim=projection, projection_target="global", projection_seed=0
+            ),
             target_modules=modules,
             data=data,
             skip_index=True,
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budgets", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--probe", type=int, default=24, help="examples that choose the budget")
+    parser.add_argument("--projection", type=int, help="numbers left of a gradient; none: all")
     arguments = parser.parse_args()
 
     rows = json.loads(Path(arguments.examples).read_text(encoding="utf-8"))
@@ -91,16 +95,17 @@ def main() -> None:
     data = Dataset.from_list(rows)
     dtype = getattr(torch, arguments.dtype)
     model, modules = load(arguments.model, arguments.adapter, dtype, arguments.device)
+    to: int | None = arguments.projection
     longest = max(row["length"] for row in rows)
     budgets = sorted({max(budget, longest) for budget in arguments.budgets})
     # Evenly over the lengths, so that the probe's batches look like the real ones.
     by_length = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
     probe = data.select(by_length[:: max(1, len(rows) // arguments.probe)])
-    collect(model, modules, probe.select(range(min(4, len(probe)))), budgets[0])  # warm-up
+    collect(model, modules, probe.select(range(min(4, len(probe)))), budgets[0], to)  # warm-up
     best = budgets[0]
     if len(budgets) > 1:
-        best = min(budgets, key=lambda budget: collect(model, modules, probe, budget)[0])
-    seconds, losses = collect(model, modules, data, best)
+        best = min(budgets, key=lambda budget: collect(model, modules, probe, budget, to)[0])
+    seconds, losses = collect(model, modules, data, best, to)
     print(
         json.dumps(
             {

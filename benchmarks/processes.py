@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from _common import look_trained
 from transformers.utils import logging as transformers_logging
 
 from selectune.adapters import add_adapter
@@ -40,11 +41,7 @@ def helper(folder: Path, index: int, n: int, n_pool: int) -> None:
     assets, section = demo_assets(), AdapterSection()
     base = load_base(ModelSection(base=str(assets.model)), adapter=section)
     model = add_adapter(base.model, section, seed=0)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:  # zero at the start, and then no gradient reaches A
-                p.normal_(0, 0.02)
+    look_trained(model)
     rows = list(read_examples(str(assets.pool)))
     pool = tokenize(rows[:: max(1, len(rows) // n_pool)][:n_pool], base.tokenizer, max_length=512)
     goals = [e for file in assets.targets.values() for e in read_examples(str(file))]

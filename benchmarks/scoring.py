@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Stopwatch
+from _common import Stopwatch, look_trained
 from transformers.utils import logging as transformers_logging
 
 from selectune.adapters import add_adapter
@@ -64,11 +64,7 @@ def measure(arm: str, dtype: str, n_pool: int) -> dict[str, Any]:
     assets, section = demo_assets(), AdapterSection()
     base = load_base(ModelSection(base=str(assets.model), dtype=dtype), adapter=section)
     model = add_adapter(base.model, section, seed=0)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:  # zero at the start, and then no gradient reaches A
-                p.normal_(0, 0.02)
+    look_trained(model)
     rows = list(read_examples(str(assets.pool)))
     pool = list(tokenize(rows[:: max(1, len(rows) // n_pool)][:n_pool], base.tokenizer,
                          max_length=512))  # fmt: skip

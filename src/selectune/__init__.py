@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selectune import weights
-    from selectune.api import score, select
+    from selectune.api import rescore, score, select
     from selectune.errors import SelectuneError
     from selectune.methods.data_layer.gast import GAST
     from selectune.methods.data_layer.greats import GREATS
@@ -32,6 +32,7 @@ _HOMES = {
     "emulate": "selectune.offsite.emulate",
     "merge": "selectune.weights.merging",
     "plug": "selectune.offsite.plugin",
+    "rescore": "selectune.api",
     "score": "selectune.api",
     "select": "selectune.api",
     "sparsify": "selectune.training.sparse",
@@ -65,6 +66,7 @@ __all__ = [
     "emulate",
     "merge",
     "plug",
+    "rescore",
     "score",
     "select",
     "sparsify",

@@ -5,7 +5,7 @@ A recipe does the same with warm-up, resume, controls and a report: see `selectu
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from selectune.adapters import add_adapter, load_adapter
 from selectune.data import Spec, Tokenized, read_examples, tokenize
-from selectune.errors import ConfigError, SelectionError
+from selectune.economy import only_layers
+from selectune.errors import ConfigError, SelectionError, nearest
+from selectune.files import is_complete
 from selectune.gradients.adam import Moments, adam_steps
 from selectune.gradients.engine import GradientEngine, dropout_off, pool_losses
 from selectune.gradients.facts import CheckpointFacts, GradientFacts
@@ -30,7 +32,7 @@ from selectune.methods.rules import select as fill
 from selectune.models import choose_precision, load_base
 from selectune.progress import Silent
 from selectune.recipe import AdapterSection, ModelSection
-from selectune.registry import get
+from selectune.registry import get, methods
 from selectune.selection import Scores, Selection
 from selectune.training.trainer_folder import (
     checkpoint_folders,
@@ -54,6 +56,7 @@ def score(
     max_length: int = 512,
     token_budget: int = 1024,
     precision: str | None = None,
+    layers: str | None = None,
     seed: int = 0,
     checkpoints: str | Path | None = None,
     **options: Any,  # noqa: ANN401
@@ -71,6 +74,8 @@ def score(
         max_length: tokens kept of an example; one without a target token left gets no score.
         token_budget: padded tokens in one batch.
         precision: "float32" or "bfloat16"; None takes the type of the model's weights.
+        layers: "top:8" or "top:25%" takes gradients of the last blocks alone, for scorers that take
+            any; the backward pass ends there.
         seed: for scorers that draw.
         checkpoints: the output_dir of the transformers.Trainer that trained `model`, or one
             `checkpoint-N` of it, for "less" and "tracin": weights, optimizer state and learning
@@ -131,7 +136,11 @@ def score(
         return entry.function(replace(evidence, states=states), parsed)
 
     def gradients(view: View, moments: Mapping[str, Moments] | None = None) -> GradientFacts:
-        with tempfile.TemporaryDirectory(prefix="selectune-") as folder, dropout_off(loaded):
+        with (
+            tempfile.TemporaryDirectory(prefix="selectune-") as folder,
+            dropout_off(loaded),
+            only_layers(loaded, layers),
+        ):
             stored = GradientStore(Path(folder) / "store", {}).compute(
                 GradientEngine(loaded, precision=precision),
                 tokens,
@@ -141,7 +150,7 @@ def score(
                 shard_examples=len(tokens),
                 progress=Silent(),
                 adam=adam_steps(view, moments),
-                projection=Projection.of(view.projection, seed),
+                projection=Projection.of(view.projection, seed, precision),
             )
         return stored.facts
 
@@ -149,6 +158,66 @@ def score(
         return entry.function(replace(evidence, gradients=gradients(View())), parsed)
     passes = _at_checkpoints(loaded, parsed, checkpoints, gradients)
     return entry.function(replace(evidence, checkpoints=passes), parsed)
+
+
+def rescore(
+    method: str,
+    run: str | Path,
+    *,
+    groups: Mapping[str, str] | None = None,
+    task: str | None = None,
+    **options: Any,  # noqa: ANN401
+) -> Scores:
+    """Score a pool anew from what a gradient pass left behind: no model, no data, no gradient.
+
+    Args:
+        method: a scorer that reads the gradients of one checkpoint, such as "gist".
+        run: the folder of a run, or the store in it.
+        groups: subtasks by target id, for aggregates over subtasks; a target that is not named
+            keeps its own.
+        task: the target task whose targets count; None takes those of all tasks together.
+        options: of the method, such as `aggregate="max_subtask_mean"`.
+
+    Raises:
+        ConfigError: an unknown method, option, target or task, a method that reads more than that,
+            or no finished pass in the folder.
+        CorruptFileError: a part of the pass is damaged.
+    """
+    entry = get("data_scorer", method)
+    parsed = entry.parse(options)
+    if set(entry.needs) != {"gradients"}:
+        known = [e.name for e in methods("data_scorer") if set(e.needs) == {"gradients"}]
+        raise ConfigError(
+            f"{method} cannot be scored from a store",
+            where="method",
+            why="a store holds the gradients of one checkpoint and nothing else",
+            do=f"use {' or '.join(known)}, or `score`",
+        )
+    home = Path(run)
+    path = home if (home / "pool").exists() else home / "store"
+    if not is_complete(path / "pool", kind="pool"):
+        raise ConfigError(
+            "there is no finished gradient pass",
+            where=str(home),
+            why=f"{path / 'pool'} does not hold the end of one",
+            do="give the folder of a run that `selectune score` has finished, or its store",
+        )
+    stored = GradientStore.finished(path).read_again(groups)
+    _refuse_unknown("target", sorted(groups or ()), stored.facts.target_ids, "groups")
+    _refuse_unknown("task", [] if task is None else [task], stored.tasks, "task")
+    facts = stored.facts if task is None else stored.of_task(task)
+    return entry.function(Evidence(stored.ids, stored.n_target_tokens, gradients=facts), parsed)
+
+
+def _refuse_unknown(what: str, given: Sequence[str], known: Sequence[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f'"{name}" is no {what} of this pass',
+                where=where,
+                why=f"it was made for {len(set(known))} of them",
+                do=nearest(name, known),
+            )
 
 
 def _at_checkpoints(

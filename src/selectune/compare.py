@@ -93,10 +93,12 @@ class _Grid:
     def ground(self, seed: int) -> Ground:
         """Return the ground of one seed; data and tokens are read once."""
         if seed not in self._grounds:
-            recipe = self.recipe.changed({"seed": seed, "matrix": None})
+            # Checked already: without the matrix some of it would seem to be for nothing.
+            recipe = self.recipe.model_copy(update={"seed": seed, "matrix": None})
             ground = Ground(
                 recipe, self.out, shared=self.out / "shared", tasks=None,
                 progress=self.progress, checkpoint_epochs=checkpoint_epochs(self.recipe),
+                asked=self.recipe,
             )  # fmt: skip
             if self._grounds:
                 ground.borrow(next(iter(self._grounds.values())))

@@ -46,6 +46,7 @@ class Ground:
         progress: told of every long step.
         checkpoint_epochs: epochs of the warm-up that end in a checkpoint, for scorers that read
             them; None to look which ones the recipe names.
+        asked: the recipe that names the scorers which will read gradients; None: `recipe` does.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Ground:
         tasks: Sequence[str] | None,
         progress: Progress,
         checkpoint_epochs: int | None = None,
+        asked: Recipe | None = None,
     ) -> None:
         self.recipe, self.out, self.shared = recipe, out, shared
+        self.asked = asked or recipe
         self.checkpoint_epochs = checkpoint_epochs
         self.progress = progress
         self._tasks = tasks
@@ -281,6 +284,12 @@ class Ground:
         """
         name = f"{path.name}.{part}.cost.json" if part else f"{path.name}.cost.json"
         write_file(path.with_name(name), json.dumps(price.to_json()).encode())
+
+    def copy_price(self, path: Path, to: Path) -> None:
+        """Put what one result cost beside another that was made with it."""
+        shutil.copyfile(
+            path.with_name(f"{path.name}.cost.json"), to.with_name(f"{to.name}.cost.json")
+        )
 
     def recall(self, step: str, path: Path) -> None:
         """Read what a finished step cost: seconds of all processes that shared it, highest peak.

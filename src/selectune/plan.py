@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from selectune import foresee
 from selectune.data import preview
+from selectune.economy import economy_of, n_top
 from selectune.equip import adapter_of, scorer_of
 from selectune.foresee import Outline, outline, refuse_unworkable
 from selectune.gradients.products import WAITING_BYTES
@@ -132,7 +135,7 @@ def _view_bytes(ground: Ground, asked: _Asked, n_scored: int) -> dict[str, int]:
     found: dict[str, int] = {}
     if asked.view.adam != "none":
         found["moments of Adam"] = 8 * n_scored
-    if asked.view.projection != "none":
+    if asked.view.projection.startswith("rademacher"):
         all_of_them = 4 * n_scored * len(ground.tokens.pool)
         found["gradients that wait for their projection"] = min(WAITING_BYTES, all_of_them)
     return found
@@ -227,6 +230,10 @@ def _seconds(
     mean = float(pool.lengths.mean())
     gradient = prices.gradient(trains_weights=recipe.adapter.kind == "full")
     price = {"base losses": prices.forward, "hidden states": prices.forward}
+    economy, n_layers = economy_of(recipe.score), len(blocks(found.model))
+    share = 1.0 if economy.layers is None else n_top(economy.layers, n_layers) / n_layers
+    short = float(np.minimum(pool.lengths, economy.max_length or np.inf).mean()) / mean
+    price[asked.passes] = short * (prices.forward + share * (gradient - prices.forward))
     seconds = {
         cause: n * len(pool) * mean * price.get(cause, gradient)
         for cause, n in _passes(ground, asked).items()

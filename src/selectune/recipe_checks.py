@@ -91,6 +91,14 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             "model.adapter names the adapter at which gradients are taken",
             "remove the section warmup, or remove model.adapter",
         )
+    shorter = recipe.score.max_length
+    if shorter is not None and shorter > recipe.data.max_length:
+        add(
+            ("score", "max_length"),
+            f"score.max_length is {shorter}, longer than any example",
+            f"data.max_length is {recipe.data.max_length}, and the rest is cut off before",
+            "lower score.max_length, or remove it",
+        )
     if recipe.warmup.epochs > recipe.warmup.schedule_epochs:
         add(
             ("warmup", "epochs"),

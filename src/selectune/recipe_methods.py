@@ -37,7 +37,33 @@ def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
         found += _scorer((*path, "method"), row.method, row.options, tree)
         if row.tune is not None:
             found += _training((*path, "tune"), row.tune, tree)
-    return found
+    return found or _unused_economy(recipe, tree)
+
+
+def _unused_economy(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
+    """Return what makes gradient passes cheaper where none is made."""
+    section = recipe.score.model_dump(include={"layers", "max_length", "precision", "fast"})
+    given = [key for key, value in section.items() if value]
+    names = [recipe.score.method, *recipe.tune.controls]
+    if recipe.matrix is not None:
+        names = [row if isinstance(row, str) else row.method for row in recipe.matrix.methods]
+    needs = {
+        need
+        for name in names
+        if name not in (FULL, PLAIN)
+        for need in registry.get("data_scorer", name).needs
+    }
+    if not given or not needs.isdisjoint({"gradients", "checkpoints"}):
+        return []
+    return [
+        ConfigError(
+            f"score.{key} would not be used",
+            where=tree.where(("score", key)),
+            why=f"it makes gradient passes cheaper, and none is made for {', '.join(names)}",
+            do=f"remove score.{key}, or use a scorer such as gist",
+        )
+        for key in given
+    ]
 
 
 def unknown_compressor(section: "EmulateSection", tree: Tree) -> list[ConfigError]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from selectune.recipe_methods import PLAIN
+from selectune.recipe_words import Like
 
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], Field(min_length=1)]
@@ -16,7 +17,12 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-TokenCount = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,11} tokens$")]
+TokenCount = Annotated[
+    str, StringConstraints(pattern=r"^[1-9][0-9]{0,11} tokens$"), Like("20000 tokens")
+]
+TopLayers = Annotated[
+    str, StringConstraints(pattern=r"^top:([1-9][0-9]{0,3}|[1-9][0-9]?%)$"), Like("top:8")
+]
 SEED_LIMIT = 2**31  # numpy's legacy generators and transformers' set_seed take no more
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 
@@ -210,6 +216,25 @@ class ScoreSection(Section):
 
     method: Text = Field(default="gist", description="scorer; `selectune methods` lists them")
     options: dict[str, Any] = Field(default={}, description="options of the scorer")
+    layers: TopLayers | None = Field(
+        default=None,
+        description='last blocks whose gradients are taken: "top:8" or "top:25%"; the backward '
+        "pass ends there; null: all blocks",
+    )
+    max_length: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="tokens of an example that gradient passes read, the beginning of its prompt "
+        "left out first; null: data.max_length",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] | None = Field(
+        default=None,
+        description="of gradient passes; auto: bfloat16 where it is fast; null: as model.dtype",
+    )
+    fast: bool = Field(
+        default=False,
+        description="cheaper values for score.layers, max_length and precision where they are "
+        "null; a random probe is scored with and without them, and its rank correlation told",
+    )
     token_budget: Count = Field(default=1024, description="padded tokens in one gradient batch")
     shard_examples: Count = Field(
         default=256, description="examples in one resumable shard of the store"

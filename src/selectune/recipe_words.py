@@ -7,13 +7,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import annotated_types as at
-from pydantic import BaseModel, StringConstraints, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from selectune.errors import ConfigError, nearest
 from selectune.recipe_file import Tree, Where, dotted, short
 
 Path = Where
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Like:
+    """An example of text that a pattern asks for; it stands beside the pattern."""
+
+    text: str
 
 
 def is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
@@ -51,8 +58,8 @@ def type_words(annotation: object, metadata: Iterable[Any] = ()) -> str:
     if is_section(annotation):
         return f"a mapping with the keys {', '.join(annotation.model_fields)}"
     if annotation is str:
-        has_form = any(isinstance(limit, StringConstraints) for limit in limits)
-        return 'text like "20000 tokens"' if has_form else "text"
+        likes = [limit.text for limit in limits if isinstance(limit, Like)]
+        return f'text like "{likes[0]}"' if likes else "text"
     words: dict[object, str] = {int: "a whole number", float: "a number", bool: "true or false"}
     words[Any] = "any value"
     return words.get(annotation, str(annotation)) + _range(limits)

@@ -24,6 +24,7 @@ from selectune.arms import (
     control_selection,
     tune_arm,
 )
+from selectune.economy import told_fast
 from selectune.errors import ConfigError, CorruptFileError, DataError
 from selectune.evaluation import Evaluation, Verdict, check_questions, together, verdict
 from selectune.files import (
@@ -264,7 +265,9 @@ class Run:
             selection = self._ensure_selection()
             self._ensure_arms()
             facts: dict[str, Any] = {"n_selected": len(selection)}
-            text = [f"{len(selection)} of {len(selection.universe)} pool examples chosen"]
+            fast = self._ensure_scores().about.get("fast")
+            text = [told_fast(fast)] if fast else []
+            text.append(f"{len(selection)} of {len(selection.universe)} pool examples chosen")
             if self.recipe.data.heldout is not None:
                 answers = self._ensure_answers()
                 found = self._verdict(answers)
@@ -632,7 +635,8 @@ def _told(scores: Scores) -> str:
     said = f"{len(scores)} examples scored by {scores.method}"
     if ranks:
         said += ", rank " + ", ".join(f"{rank} ({task})" for task, rank in ranks.items())
-    return said
+    fast = scores.about.get("fast")
+    return f"{said}\n{told_fast(fast)}" if fast else said
 
 
 def _evaluation_facts(

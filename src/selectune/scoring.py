@@ -1,6 +1,6 @@
 """Gradient passes, states, losses and scorers: from a pool to one table of scores."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import nn
 
 from selectune.adapters import adapter_fingerprint, checkpoints_fingerprint
+from selectune.data import Tokens
+from selectune.economy import Economy, economy_of, only_layers, probe_of, told_fast
 from selectune.errors import IncompatibleRunError, SelectionError
 from selectune.files import open_dir, staged
 from selectune.gradients.adam import Moments, adam_steps
@@ -18,16 +20,26 @@ from selectune.gradients.engine import GradientEngine, pool_losses
 from selectune.gradients.facts import CheckpointFacts, StateFacts
 from selectune.gradients.projection import Projection
 from selectune.gradients.states import state_similarity
-from selectune.gradients.store import GradientStore, StoredPool, Target, Worked
+from selectune.gradients.store import Beside, GradientStore, StoredPool, Target, Worked
 from selectune.gradients.view import View
 from selectune.ground import Ground, digest
 from selectune.measure import Measured
 from selectune.methods.evidence import Evidence, ReadsCheckpoints
 from selectune.models import Base, fingerprint, trainable_fingerprint
+from selectune.ranks import rank_correlation
 from selectune.recipe import Recipe
 from selectune.registry import Entry, Need, get
 from selectune.selection import Scores
-from selectune.warmup import keep_epochs, n_checkpoints, own_checkpoints, warm_up, warmed_model
+from selectune.warmup import (
+    Warmed,
+    checkpoint_epochs,
+    keep_epochs,
+    n_checkpoints,
+    own_checkpoints,
+    scorers,
+    warm_up,
+    warmed_model,
+)
 
 _STEPS: dict[Need, str] = {"losses": "losses", "hidden_states": "states"}
 
@@ -44,6 +56,9 @@ class _Pass:
         view: how pool gradients are looked at.
         moments: Adam's, where the view asks for them.
         label: what the pass is called.
+        economy: what it leaves out.
+        probe: the few examples that it is made for; empty for the whole pool.
+        beside: passes of other looks at the same gradients, which are made with this one.
     """
 
     ground: Ground
@@ -53,17 +68,22 @@ class _Pass:
     view: View = field(default_factory=View)
     moments: Mapping[str, Moments] | None = None
     label: str = ""
+    economy: Economy = field(default_factory=Economy)
+    probe: tuple[Tokens, ...] = ()
+    beside: tuple["_Pass", ...] = ()
 
     def run(self) -> StoredPool:
         """Do what is missing, and read the whole."""
-        store, path = self._store()
-        if store.is_stale():
-            self.ground.forget(path)
+        store, path = self._fresh()
         if store.is_complete():
             self.ground.recall(self._step, path)
         else:
+            others = [(one, *one._fresh()) for one in self.beside]
+            missing = [(one, other, to) for one, other, to in others if not other.is_complete()]
             with self.ground.charge(self._step, path):
-                self._work(store)
+                self._work(store, [(one, other) for one, other, _ in missing])
+            for *_, to in missing:
+                self.ground.copy_price(path, to)  # what each would have cost alone
         return store.load(targets(self.ground))
 
     def share(self, part: str) -> tuple[Worked, StoredPool | None]:
@@ -86,9 +106,17 @@ class _Pass:
         self.ground.recall(self._step, path)
         return worked, store.load(targets(self.ground))
 
+    def _fresh(self) -> tuple[GradientStore, Path]:
+        """Return the store and its folder, without what was made of other inputs."""
+        store, path = self._store()
+        if store.is_stale():
+            self.ground.forget(path)
+        return store, path
+
     @property
     def _step(self) -> str:
-        return f"gradients {self.label}".strip()
+        kind = "probe" if self.probe else "gradients"
+        return f"{kind} {self.label}".strip()
 
     def _store(self) -> tuple[GradientStore, Path]:
         recipe, projection = self.ground.recipe, self._projection()
@@ -107,32 +135,49 @@ class _Pass:
             **self.untold,
             **seen,
             "tokens": self.ground.tokens.fingerprint,
-            "precision": self.base.precision,
+            **self.economy.facts,
+            "precision": self.economy.precision_on(self.base),
             "token_budget": recipe.score.token_budget,
             "shard_examples": recipe.score.shard_examples,
             "loss": "mean over target tokens",
         }
-        name = f"store-{self.label}" if self.label else "store"
+        if self.probe:
+            identity["probe"] = digest({"ids": [t.id for t in self.probe]})
+        kind = "probe" if self.probe else "store"
+        name = f"{kind}-{self.label}" if self.label else kind
         path = self.ground.place("store", name, digest(identity))
         return GradientStore(path, identity), path
 
-    def _work(self, store: GradientStore) -> Worked:
-        section = self.ground.recipe.score
-        return store.work(
-            GradientEngine(self.model, precision=self.base.precision),
-            self.ground.tokens.pool,
-            targets(self.ground),
-            pad_id=self.base.pad_id,
-            token_budget=section.token_budget,
-            shard_examples=section.shard_examples,
-            progress=self.ground.progress,
-            adam=adam_steps(self.view, self.moments),
-            projection=self._projection(),
-            hands=self.ground.hands,
-        )
+    def _work(
+        self, store: GradientStore, beside: Sequence[tuple["_Pass", GradientStore]] = ()
+    ) -> Worked:
+        section, economy = self.ground.recipe.score, self.economy
+        aims = targets(self.ground)
+        short = economy.shortened([t.tokens for t in aims])
+        with only_layers(self.model, economy.layers):
+            return store.work(
+                GradientEngine(self.model, precision=economy.precision_on(self.base)),
+                economy.shortened(self.probe or self.ground.tokens.pool),
+                [replace(t, tokens=own) for t, own in zip(aims, short, strict=True)],
+                pad_id=self.base.pad_id,
+                token_budget=section.token_budget,
+                shard_examples=section.shard_examples,
+                progress=self.ground.progress,
+                adam=adam_steps(self.view, self.moments),
+                projection=self._projection(),
+                hands=self.ground.hands,
+                beside=[
+                    Beside(other, adam_steps(one.view, one.moments), one._projection())
+                    for one, other in beside
+                ],
+            )
 
     def _projection(self) -> Projection | None:
-        return Projection.of(self.view.projection, self.ground.recipe.seed)
+        return Projection.of(
+            self.view.projection,
+            self.ground.recipe.seed,
+            self.economy.precision_on(self.base),
+        )
 
 
 def gradient_store(ground: Ground) -> StoredPool:
@@ -145,13 +190,17 @@ def gradient_store(ground: Ground) -> StoredPool:
 def _plain_pass(ground: Ground) -> _Pass:
     recipe = ground.recipe
     base = ground.base()
-    model = warmed_model(ground, base)
     untold: dict[str, Any] = {}
+    if recipe.model.adapter is None and recipe.warmup.epochs and checkpoint_epochs(ground.asked):
+        warmed, k = warm_up(ground, base), recipe.warmup.epochs
+        one = _Pass(ground, base, warmed.at(k - 1), untold, economy=economy_of(recipe.score))
+        return replace(one, beside=_beside(one, warmed, k))
+    model = warmed_model(ground, base)
     if recipe.model.adapter is not None:
         untold = {"adapter_files": adapter_fingerprint(recipe.model.adapter)}
     elif not recipe.warmup.epochs:
         untold = {"adapter_section": recipe.adapter.model_dump()}
-    return _Pass(ground, base, model, untold)
+    return _Pass(ground, base, model, untold, economy=economy_of(recipe.score))
 
 
 def checkpoint_stores(ground: Ground, reading: ReadsCheckpoints) -> list[tuple[StoredPool, float]]:
@@ -196,8 +245,34 @@ def _checkpoint_passes(ground: Ground, n: int, view: View) -> Iterator[tuple[_Pa
             view,
             None if view.adam == "none" else warmed.moments(k - 1),
             _label(recipe, k, n, view),
+            economy_of(recipe.score),
         )
-        yield one, checkpoint.learning_rate
+        yield replace(one, beside=_beside(one, warmed, k)), checkpoint.learning_rate
+
+
+def _beside(one: _Pass, warmed: Warmed, k: int) -> tuple[_Pass, ...]:
+    """Return the other passes at checkpoint `k` that scorers of the recipe will read."""
+    recipe = one.ground.recipe
+    is_ours = recipe.model.adapter is None
+    looks: dict[str, View] = {}
+    for entry, options in scorers(one.ground.asked):
+        if "checkpoints" in entry.needs:
+            reading: ReadsCheckpoints = entry.parse(dict(options))
+            n = n_checkpoints(recipe, reading)
+            if k <= n:
+                looks[_label(recipe, k, n, reading.view)] = reading.view
+        elif "gradients" in entry.needs and k == recipe.warmup.epochs and is_ours:
+            looks[""] = View()
+    return tuple(
+        replace(
+            one,
+            view=view,
+            moments=None if view.adam == "none" else warmed.moments(k - 1),
+            label=label,
+        )
+        for label, view in looks.items()
+        if label != one.label
+    )
 
 
 def shares_passes(name: str) -> bool:
@@ -379,6 +454,9 @@ def score_pool(ground: Ground, name: str, options: dict[str, object]) -> Scores:
         losses=base_losses(ground) if "losses" in entry.needs else None,
     )
     by_task = dict.fromkeys(ground.tasks, evidence)
+    fast: dict[str, Any] = {}
+    if ground.recipe.score.fast and shares_passes(name):
+        fast = {"fast": _alike(ground, entry, parsed)}
     if "gradients" in entry.needs:
         stored = gradient_store(ground)
         _refuse_other_pool(stored, evidence)
@@ -398,7 +476,58 @@ def score_pool(ground: Ground, name: str, options: dict[str, object]) -> Scores:
             by_task[task] = replace(evidence, states=states.of(columns))
     else:
         return entry.function(evidence, parsed)
-    return _joined({task: _score_task(entry, e, parsed, task) for task, e in by_task.items()})
+    scores = _joined({task: _score_task(entry, e, parsed, task) for task, e in by_task.items()})
+    return replace(scores, about={**scores.about, **fast})
+
+
+def _alike(ground: Ground, entry: Entry, options: object) -> dict[str, Any]:
+    """Score a random probe fully and cheaply, and say how alike the two orders are.
+
+    Returns:
+        The values that make passes cheaper, the number and ids of the probe's examples, Spearman's
+        correlation.
+    """
+    probe = probe_of(ground.tokens.pool, ground.recipe.seed)
+    cheap = economy_of(ground.recipe.score)
+    found = {Economy(): _probed(ground, entry, options, probe, Economy())}
+    found[cheap] = _probed(ground, entry, options, probe, cheap)
+    alike = rank_correlation(found[cheap].score, found[Economy()].score)
+    facts = {
+        "settings": cheap.facts,
+        "n_probe": len(probe),
+        "ids": [t.id for t in probe],
+        "spearman": round(alike, 4),
+    }
+    ground.progress.note(told_fast(facts))
+    return facts
+
+
+def _probed(
+    ground: Ground, entry: Entry, options: object, probe: tuple[Tokens, ...], economy: Economy
+) -> Scores:
+    """Return the scores of a few examples, from gradient passes over them alone."""
+    how = "fast" if economy.facts else "full"
+
+    def over_probe(one: _Pass) -> StoredPool:
+        label = f"{how}-{one.label}" if one.label else how
+        return replace(one, economy=economy, probe=probe, label=label, beside=()).run()
+
+    n_targets = np.asarray([int(t.is_target.sum()) for t in probe])
+    evidence = Evidence(tuple(t.id for t in probe), n_targets, seed=ground.recipe.seed)
+    if "gradients" in entry.needs:
+        stored = over_probe(_plain_pass(ground))
+        by_task = {t: replace(evidence, gradients=stored.of_task(t)) for t in ground.tasks}
+    else:
+        assert isinstance(options, ReadsCheckpoints)
+        n, view = n_checkpoints(ground.recipe, options), options.view
+        passes = [(over_probe(one), lr) for one, lr in _checkpoint_passes(ground, n, view)]
+        by_task = {
+            t: replace(
+                evidence, checkpoints=tuple(CheckpointFacts(s.of_task(t), lr) for s, lr in passes)
+            )
+            for t in ground.tasks
+        }
+    return _joined({task: _score_task(entry, e, options, task) for task, e in by_task.items()})
 
 
 def _refuse_other_pool(stored: StoredPool, evidence: Evidence) -> None:

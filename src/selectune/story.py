@@ -7,8 +7,10 @@ import numpy as np
 
 from selectune.arms import SELECTED, TunedArm
 from selectune.data import Example
+from selectune.economy import told_fast
 from selectune.evaluation import Evaluation, Metric, Verdict, compare_paired, mean_interval
 from selectune.ground import Ground
+from selectune.ranks import rank_correlation
 from selectune.registry import get
 from selectune.report import (
     Difference,
@@ -71,6 +73,7 @@ def tell(
             "targets": ", ".join(f"{t} ({len(ground.tokens.targets[t])})" for t in ground.tasks),
             "budget": str(recipe.select.budget),
             "seed": str(recipe.seed),
+            **({"gradients": told_fast(scores.about["fast"])} if "fast" in scores.about else {}),
         },
         method=scores.method,
         method_summary=entry.summary,
@@ -276,17 +279,3 @@ def _target_warnings(task: str, about: Mapping[str, Any]) -> list[str]:
             "score.options.normalize_targets=true."
         )
     return found
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Spearman's correlation, ties sharing their mean rank; 0 where one is constant."""
-    ranks = [_mean_ranks(values) for values in (a, b)]
-    if min(np.ptp(r) for r in ranks) == 0:
-        return 0.0
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]

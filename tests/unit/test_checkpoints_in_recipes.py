@@ -11,6 +11,7 @@ import selectune
 from selectune import scoring
 from selectune.compare import compare
 from selectune.errors import ConfigError
+from selectune.gradients import store
 from selectune.ground import Ground
 from selectune.models import trainable_fingerprint
 from selectune.progress import Silent
@@ -118,7 +119,17 @@ def test_tracin_of_one_checkpoint_ranks_by_products_of_one_store(folder: Path) -
     np.testing.assert_allclose(column(folder) / column(folder).max(), products / products.max())
 
 
-def test_a_comparison_warms_up_once_and_shares_plain_passes(folder: Path) -> None:
+def test_a_comparison_warms_up_once_and_shares_passes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_stores: list[int] = []
+    plain = store._run_batch
+
+    def counted(engine: object, items: object, products: list, *rest: object) -> None:
+        n_stores.append(len(products))
+        plain(engine, items, products, *rest)
+
+    monkeypatch.setattr(store, "_run_batch", counted)
     path = folder / "recipe.yaml"
     path.write_text(path.read_text() + "matrix: {methods: [grad_cosine, tracin, less, rds]}\n")
     recipe = load_recipe(path, [*TWO[:1], "tune.epochs=1"])
@@ -129,7 +140,41 @@ def test_a_comparison_warms_up_once_and_shares_plain_passes(folder: Path) -> Non
     assert len([p for p in (shared / "warmup").iterdir() if p.is_dir()]) == 1
     # Plain at both ends, of which one is grad_cosine's, and Adam's at both.
     assert len([p for p in (shared / "store").iterdir() if p.is_dir()]) == 4
+    assert set(n_stores) == {2}
     assert len([p for p in (shared / "states").iterdir() if p.is_dir()]) == 1
+
+
+def test_one_pass_at_a_checkpoint_serves_every_scorer_that_reads_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    plain = store._run_batch
+
+    def counted(*arguments: object) -> None:
+        batches.append(1)
+        plain(*arguments)
+
+    monkeypatch.setattr(store, "_run_batch", counted)
+    methods = ("tracin", "less", "gist", "grad_cosine")
+    alone = {}
+    for method in methods:
+        scored(folder, TWO[0], f"score.method={method}", out=method)
+        alone[method] = column(folder, out=method)
+        if method == "less":
+            once = len(batches) // 2
+            assert once
+    batches.clear()
+    path = folder / "recipe.yaml"
+    for order in (methods, methods[::-1]):
+        more = [TWO[0], f"matrix={{methods: [{', '.join(order)}]}}"]
+        run = Run(load_recipe(path, more), out=folder / "_".join(order))
+        for method in order:
+            found = scoring.score_pool(run.ground, method, {}).score
+            np.testing.assert_allclose(found, alone[method], rtol=1e-6, atol=1e-9)
+        steps = ["gradients", "gradients 1-release", "gradients 2", "gradients 2-release"]
+        assert sorted(step for step in run.ground.costs if "grad" in step) == steps
+        assert len(batches) == once
+        batches.clear()
 
 
 def test_states_are_kept_for_both_scorers_that_read_them(

@@ -43,6 +43,16 @@ ShardOption = Annotated[
 ]
 
 
+FastOption = Annotated[
+    bool,
+    typer.Option(
+        "--fast",
+        help="Take cheaper gradients, and say how alike the ranks of a random probe are to those "
+        "of full ones; the same as score.fast=true.",
+    ),
+]
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the verbs of this file."""
     for verb in (plan, score, select, tune, evaluate, run, report):
@@ -70,6 +80,7 @@ def score(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     shard: ShardOption = "",
+    fast: FastOption = False,
     allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -77,7 +88,7 @@ def score(
 ) -> None:
     """Score every example of the pool."""
     _step(
-        "score", lambda run: run.score(), recipe, overrides, allow, as_json, quiet,
+        "score", lambda run: run.score(), recipe, _with(overrides, fast), allow, as_json, quiet,
         shard=shard,
     )  # fmt: skip
 
@@ -142,13 +153,14 @@ def evaluate(
 def run(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
+    fast: FastOption = False,
     allow: AllowOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Do all of it; the same command again goes on where it stopped."""
-    _step("run", lambda run: run.all(), recipe, overrides, allow, as_json, quiet)
+    _step("run", lambda run: run.all(), recipe, _with(overrides, fast), allow, as_json, quiet)
 
 
 def report(
@@ -170,6 +182,10 @@ def report(
         offsite.report(Path(recipe), as_json=as_json, is_quiet=quiet)
         return
     _step("report", lambda run: run.report(), recipe, overrides, allow, as_json, quiet)
+
+
+def _with(overrides: list[str] | None, fast: bool) -> list[str]:
+    return [*(overrides or ()), *(["score.fast=true"] if fast else ())]
 
 
 def _step(

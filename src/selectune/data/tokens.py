@@ -129,6 +129,26 @@ def tokenize(
     return Tokenized(tuple(items), n_truncated, tuple(example.id for example in empty))
 
 
+def clipped(tokens: Tokens, max_length: int) -> Tokens:
+    """Return a window of an example, with what counts in its loss and the text right before it.
+
+    Up to half of the window stands before the first target token. Where the rest is enough for all
+    that follows, the window ends with the example, and what is cut is the beginning of its prompt.
+
+    Args:
+        tokens: the example.
+        max_length: tokens of the window, 2 or more.
+    """
+    n = len(tokens.input_ids)
+    if n <= max_length:
+        return tokens
+    first = int(tokens.is_target.argmax())
+    start = max(0, min(n - max_length, first - max_length // 2))
+    is_target = tokens.is_target[start : start + max_length].copy()
+    is_target[:1] = False
+    return Tokens(tokens.id, tokens.input_ids[start : start + max_length], is_target)
+
+
 def option_tokens(
     example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Tokens]:

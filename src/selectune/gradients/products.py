@@ -1,8 +1,8 @@
 """Inner products of pool gradients with the targets', batch by batch, in one of two spaces.
 
 In the full space each parameter's products are added up as soon as its rows arrive, and freed. In a
-projected space the parameters' projections have to be summed first; gradients wait until there are
-many, since drawing the random matrix costs the same for one example as for hundreds.
+projected space the parameters' projections have to be summed first. Where drawing the random matrix
+costs the same for one example as for hundreds, gradients wait until there are many.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,26 +138,43 @@ class ProjectedProducts:
         self._features, self._projection = features, projection
         self._shaped = _Shaped(parameters, adam)
         self._limit = waiting_bytes
+        self._is_rounded = projection.precision == "bfloat16"
         # By parameter: the first example that a gradient belongs to, and the gradients.
         self._waiting: dict[str, list[tuple[int, Tensor]]] = {}
         self._n = self._n_bytes = 0
+        self._out: Tensor | None = None
         self._norm2: Tensor | None = None
         self._done: list[tuple[Tensor, Tensor]] = []
 
     def take(self, name: str, rows: Rows) -> None:
-        """Let one parameter's gradients wait."""
-        G = torch.cat(list(self._shaped.parts(name, rows)))
-        self._waiting.setdefault(name, []).append((self._n, G))
-        self._n_bytes += G.numel() * G.element_size()
-        norm2 = G.square().sum(1).double()
-        self._norm2 = norm2 if self._norm2 is None else self._norm2 + norm2
+        """Project one parameter's gradients, or let them wait."""
+        waits = self._projection.is_dear_to_draw
+        if self._out is None and not waits:
+            self._out = self._features.new_zeros(rows.n, self._projection.dim)
+        norm2: list[Tensor] = []
+        first = 0
+        for G in self._shaped.parts(name, rows):
+            norm2.append(torch.linalg.vector_norm(G, dim=1).double().square())
+            if self._out is not None:
+                self._projection.add(self._out[first : first + len(G)], name, G)
+            else:
+                kept = G.bfloat16() if self._is_rounded and G.dtype == torch.float32 else G
+                self._waiting.setdefault(name, []).append((self._n + first, kept))
+                self._n_bytes += kept.numel() * kept.element_size()
+            first += len(G)
+        own = torch.cat(norm2)
+        self._norm2 = own if self._norm2 is None else self._norm2 + own
 
     def close_batch(self, n: int) -> Float[Tensor, " n"]:
-        """Project what waits when it has grown large."""
+        """Put the projections of a batch aside, or project what waits when it has grown large."""
         for name, rows in self._shaped.unseen(n):
             self.take(name, rows)
         assert self._norm2 is not None
         norm2, self._norm2 = self._norm2, None
+        if self._out is not None:
+            self._put_aside(self._out)
+            self._out = None
+            return norm2
         self._n += n
         if self._n_bytes >= self._limit:
             self._project()
@@ -169,12 +186,19 @@ class ProjectedProducts:
         out = self._features.new_zeros(self._n, self._projection.dim)
         while self._waiting:
             name, parts = self._waiting.popitem()
-            projected = out.new_zeros(sum(len(G) for _, G in parts), out.shape[1])
-            self._projection.add(projected, name, torch.cat([G for _, G in parts]))
+            together = torch.cat([G for _, G in parts])
+            if len(together) == self._n:  # of every example that waits, in order
+                self._projection.add(out, name, together)
+                continue
+            projected = out.new_zeros(len(together), out.shape[1])
+            self._projection.add(projected, name, together)
             for (first, G), own in zip(parts, _split(projected, parts), strict=True):
                 out[first : first + len(G)] += own
-        self._done.append(((out @ self._features.mT).float().cpu(), out.double().norm(dim=1).cpu()))
+        self._put_aside(out)
         self._n = self._n_bytes = 0
+
+    def _put_aside(self, out: Float[Tensor, "n k"]) -> None:
+        self._done.append(((out @ self._features.mT).float().cpu(), out.double().norm(dim=1).cpu()))
 
     def results(self) -> tuple[Float[Tensor, "n m"], Float[Tensor, " n"]]:
         """Project what still waits, and return all that was put aside."""

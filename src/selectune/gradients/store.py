@@ -13,8 +13,8 @@ finished store any rank, aggregate, grouping or budget follows without another g
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,15 @@ class Worked:
         return self.n_done == self.n_shards
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Beside:
+    """Another pass over the same gradients: its store, and how it looks at them."""
+
+    store: "GradientStore"
+    adam: AdamSteps | None
+    projection: Projection | None
+
+
 class GradientStore:
     """One scoring pass over a pool, kept in a folder.
 
@@ -166,6 +175,7 @@ class GradientStore:
         adam: AdamSteps | None = None,
         projection: Projection | None = None,
         hands: Hands | None = None,
+        beside: Sequence[Beside] = (),
     ) -> Worked:
         """Run what is missing of the pass and is this process's to do.
 
@@ -180,6 +190,8 @@ class GradientStore:
             adam: the form in which pool gradients are compared.
             projection: of all gradients, before they are compared.
             hands: says which parts are this process's; None: all of them.
+            beside: further passes, made of the rows that this one computes; what else they miss is
+                left to them. Not for processes that share a pass.
 
         Returns:
             How far the pass is now. It can be read (`load`) once it is complete.
@@ -199,12 +211,13 @@ class GradientStore:
                 # Others may have ended the pass since, and its directions are gone with that.
                 if self.is_complete():
                     return everything
-                directions = stack.enter_context(self._room(engine, len(pool), len(targets)))
-                if not self._has("targets", "targets"):
-                    self._run_targets(engine, targets, directions, pad_id, progress, projection)
-                else:
-                    _probe_as_the_first(engine, targets, pool, shards, pad_id)
-            products = _products(engine, directions, len(targets), adam, projection)
+                own = Beside(self, adam, projection)
+                products = [
+                    (one.store, stack.enter_context(one.store._aimed(
+                        engine, pool, targets, shards, pad_id, progress, one
+                    )))
+                    for one in (own, *beside)
+                ]  # fmt: skip
             n_computed, left = 0, list(range(len(shards)))
             with progress.phase("pool gradients", len(pool), "examples") as advance:
                 while left:
@@ -225,12 +238,40 @@ class GradientStore:
                     left = busy
         left = [k for k in left if not self._has(_shard_name(k), "shard")]
         if not left:
-            meta = {"identity": self._identity, "n_shards": len(shards), "n_examples": len(pool)}
             with hands.turn(self._part("targets"), lambda: True):
-                if not self.is_complete():
-                    with staged(self.path / "pool", kind="pool", meta=meta) as stage:
-                        stage.write_json("ids.json", [t.id for t in pool])
+                self._seal(pool, len(shards))
+        for one in beside:
+            one.store._seal(pool, len(shards))
         return Worked(n_computed, len(shards) - len(left), len(shards))
+
+    @contextmanager
+    def _aimed(
+        self,
+        engine: GradientEngine,
+        pool: Sequence[Tokens],
+        targets: Sequence[Target],
+        shards: Sequence[Sequence[Sequence[int]]],
+        pad_id: int,
+        progress: Progress,
+        how: Beside,
+    ) -> Generator[Products]:
+        """Run the targets where they are missing, and open what pool gradients meet them in."""
+        with self._room(engine, len(pool), len(targets)) as directions:
+            if not self._has("targets", "targets"):
+                self._run_targets(engine, targets, directions, pad_id, progress, how.projection)
+            else:
+                _probe_as_the_first(engine, targets, pool, shards, pad_id)
+            yield self._products(engine, directions, how.adam, how.projection)
+
+    def _seal(self, pool: Sequence[Tokens], n_shards: int) -> None:
+        """Write the list that ends a pass, once no shard is missing."""
+        if self.is_complete() or not all(
+            self._has(_shard_name(k), "shard") for k in range(n_shards)
+        ):
+            return
+        meta = {"identity": self._identity, "n_shards": n_shards, "n_examples": len(pool)}
+        with staged(self.path / "pool", kind="pool", meta=meta) as stage:
+            stage.write_json("ids.json", [t.id for t in pool])
 
     def is_stale(self) -> bool:
         """Return whether the folder holds a pass of another identity, finished or not."""
@@ -260,6 +301,37 @@ class GradientStore:
             CorruptFileError: a part is missing or damaged.
             IncompatibleRunError: a part belongs to another pass.
         """
+        return self._read(
+            [t.tokens.id for t in targets], [t.task for t in targets], [t.group for t in targets]
+        )
+
+    @classmethod
+    def finished(cls, path: Path) -> "GradientStore":
+        """Return the store of a finished pass, whatever it was made of.
+
+        Raises:
+            CorruptFileError: there is none, or it is damaged.
+        """
+        return cls(path, open_dir(path / "pool", kind="pool").meta["identity"])
+
+    def read_again(self, groups: Mapping[str, str] | None = None) -> StoredPool:
+        """Read the finished pass with the targets that it was made for.
+
+        Args:
+            groups: subtasks by target id, in place of those of the pass.
+
+        Raises:
+            CorruptFileError: a part is missing or damaged.
+        """
+        table = self._open("targets", "targets").read_table("targets.parquet")
+        ids: list[str] = table["id"].to_pylist()
+        own: list[str] = table["group"].to_pylist()
+        new = [(groups or {}).get(i, group) for i, group in zip(ids, own, strict=True)]
+        return self._read(ids, table["task"].to_pylist(), new)
+
+    def _read(
+        self, target_ids: Sequence[str], tasks: Sequence[str], groups: Sequence[str]
+    ) -> StoredPool:
         # Here, so that a pass killed right after its last write does not leave them for ever.
         self._directions.unlink(missing_ok=True)
         done = self._open("pool", "pool")
@@ -278,15 +350,15 @@ class GradientStore:
             np.concatenate(dots)[order],
             table["norm"].to_numpy()[order],
             _numpy(gram),
-            tuple(t.tokens.id for t in targets),
-            tuple(t.group for t in targets),
+            tuple(target_ids),
+            tuple(groups),
         )
         return StoredPool(
             tuple(ids),
             facts,
             table["loss"].to_numpy()[order],
             table["n_target_tokens"].to_numpy()[order],
-            tuple(t.task for t in targets),
+            tuple(tasks),
         )
 
     @property
@@ -313,12 +385,15 @@ class GradientStore:
         engine: GradientEngine,
         k: int,
         batches: Sequence[Sequence[Tokens]],
-        products: Products,
+        products: Sequence[tuple["GradientStore", Products]],
         pad_id: int,
         hands: Hands,
         advance: Advance,
     ) -> int | None:
-        """Compute a shard that is missing and ours; return how many that were, None: not ours."""
+        """Compute a shard that is missing and ours; return how many that were, None: not ours.
+
+        The other stores get theirs from the same rows.
+        """
         name, n_examples = _shard_name(k), sum(map(len, batches))
         if self._has(name, "shard"):
             advance(n_examples)
@@ -330,10 +405,12 @@ class GradientStore:
                 advance(n_examples)
                 return 0
             columns = _empty_columns()
+            missing = [(s, p) for s, p in products if s is self or not s._has(name, "shard")]
             for items in batches:
-                _run_batch(engine, items, products, pad_id, columns)
+                _run_batch(engine, items, [p for _, p in missing], pad_id, columns)
                 advance(len(items))
-            self._write_shard(name, columns, products)
+            for store, own in missing:
+                store._write_shard(name, dict(columns), own)
             kill_point(KillPoint.STORE_SHARD_DONE)
         return 1
 
@@ -399,10 +476,12 @@ class GradientStore:
 
                 losses += engine.run(batch, keep).tolist()
                 advance(len(some))
-        gram = directions.gram()
-        if projection is not None:
+        if projection is None:
+            tensors = {"gram": directions.gram()}
+        else:
             F = target_features(directions, list(engine.parameters), projection, len(targets))
-            gram = (F.double() @ F.double().mT).cpu()
+            tensors = {"gram": (F.double() @ F.double().mT).cpu(), "features": F.cpu()}
+        gram = tensors["gram"]
         _refuse_nan([t.tokens.id for t in targets], losses, gram.diagonal().tolist())
         directions.sync()
         table = pa.table(
@@ -417,7 +496,20 @@ class GradientStore:
         meta = {"identity": self._identity, "directions": sha256_file(self._directions)}
         with staged(self.path / "targets", kind="targets", meta=meta) as stage:
             stage.write_table("targets.parquet", table)
-            stage.write_tensors("gram.safetensors", {"gram": gram})
+            stage.write_tensors("gram.safetensors", tensors)
+
+    def _products(
+        self,
+        engine: GradientEngine,
+        directions: Directions,
+        adam: AdamSteps | None,
+        projection: Projection | None,
+    ) -> Products:
+        if projection is None:
+            return ExactProducts(directions, engine.parameters, adam)
+        # Not made anew: a Rademacher matrix costs seconds to draw.
+        features = self._open("targets", "targets").read_torch("gram.safetensors")["features"]
+        return ProjectedProducts(features.to(_device(engine)), projection, engine.parameters, adam)
 
     def _write_shard(self, name: str, columns: dict[str, list[Any]], products: Products) -> None:
         dots, norms = products.results()
@@ -453,30 +545,22 @@ def _empty_columns() -> dict[str, list[Any]]:
     return {"id": [], "loss": [], "n_target_tokens": []}
 
 
-def _products(
-    engine: GradientEngine,
-    directions: Directions,
-    n_targets: int,
-    adam: AdamSteps | None,
-    projection: Projection | None,
-) -> Products:
-    if projection is None:
-        return ExactProducts(directions, engine.parameters, adam)
-    features = target_features(directions, list(engine.parameters), projection, n_targets)
-    return ProjectedProducts(features, projection, engine.parameters, adam)
-
-
 def _run_batch(
     engine: GradientEngine,
     items: Sequence[Tokens],
-    products: Products,
+    products: Sequence[Products],
     pad_id: int,
     columns: dict[str, list[Any]],
 ) -> None:
+    def take(name: str, rows: Rows) -> None:
+        for one in products:
+            one.take(name, rows)
+
     batch = collate(items, pad_id=pad_id, device=_device(engine))
-    losses = engine.run(batch, products.take).tolist()
-    norm2 = products.close_batch(len(items))
-    _refuse_nan([t.id for t in items], losses, norm2.tolist())
+    losses = engine.run(batch, take).tolist()
+    for one in products:
+        norm2 = one.close_batch(len(items))
+        _refuse_nan([t.id for t in items], losses, norm2.tolist())
     columns["id"] += [t.id for t in items]
     columns["loss"] += losses
     columns["n_target_tokens"] += [int(t.is_target.sum()) for t in items]

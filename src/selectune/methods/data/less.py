@@ -10,7 +10,7 @@ Paper  "LESS: Selecting Influential Data for Targeted Instruction Tuning", arXiv
   "cosine_of_mean", which averages the targets first, as GIST's release does.
 Cost   Time: 4 epochs of warm-up on 5 % of the pool and one gradient pass at each of 4 checkpoints;
   "rademacher:k" adds 2 k operations per trainable number and example. Memory: as GIST, with Adam's
-  two moments; with a projection up to 1 GB of gradients that wait for it.
+  two moments; with "rademacher:k" up to 1 GB of gradients that wait for it.
 Fails  Few targets, as `grad_cosine`. Answers of one length: their gradients are alike. Examples
   that Adam has hardly seen: their step is mostly the momentum of others.
 """
