@@ -143,6 +143,15 @@ def gradient_store(ground: Ground) -> StoredPool:
 
 
 def _plain_pass(ground: Ground) -> _Pass:
+    return _Pass(ground, *scored_model(ground))
+
+
+def scored_model(ground: Ground) -> tuple[Base, nn.Module, dict[str, Any]]:
+    """Return the model at the checkpoint where gradients are taken.
+
+    Returns:
+        Its base, the model itself, and what decides gradients and leaves no mark in the weights.
+    """
     recipe = ground.recipe
     base = ground.base()
     model = warmed_model(ground, base)
@@ -151,7 +160,7 @@ def _plain_pass(ground: Ground) -> _Pass:
         untold = {"adapter_files": adapter_fingerprint(recipe.model.adapter)}
     elif not recipe.warmup.epochs:
         untold = {"adapter_section": recipe.adapter.model_dump()}
-    return _Pass(ground, base, model, untold)
+    return base, model, untold
 
 
 def checkpoint_stores(ground: Ground, reading: ReadsCheckpoints) -> list[tuple[StoredPool, float]]:

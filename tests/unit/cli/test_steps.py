@@ -7,7 +7,7 @@ import pytest
 from selectune.cli import main
 from unit.cli.fakes import FakeSteps
 
-STEPS = ["plan", "score", "select", "tune", "evaluate", "report"]
+STEPS = ["plan", "score", "select", "tokens", "tune", "evaluate", "report"]
 
 
 @pytest.mark.parametrize(("verb", "step"), [*zip(STEPS, STEPS, strict=True), ("run", "all")])
@@ -25,6 +25,12 @@ def test_allowed_changes_reach_the_run(recipe: str, steps: FakeSteps) -> None:
     assert steps.allowed == ("tune.epochs", "data", "data.target.csqa")
     assert main(["demo"]) == 0
     assert steps.allowed == ()
+
+
+def test_tokens_takes_a_form_and_ids(recipe: str, steps: FakeSteps) -> None:
+    assert main(["tokens", recipe, "--form", "position", "--ids", "a-0, b-0"]) == 0
+    assert steps.options == {"form": "position", "ids": ["a-0", "b-0"]}
+    assert main(["tokens", recipe, "--form", "length"]) == 2
 
 
 def test_compare_runs_the_matrix(
