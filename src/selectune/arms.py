@@ -19,6 +19,7 @@ from selectune.recipe_methods import FULL
 from selectune.registry import get
 from selectune.scoring import score_pool
 from selectune.selection import Scores, Selection
+from selectune.token_scoring import keep_tokens
 from selectune.training import TuneResult
 from selectune.training.chosen import chosen_method, fingerprint_of
 from selectune.weights.mask import WeightMask
@@ -125,6 +126,8 @@ def tune_arm(
     # In the pool's order: equal sets train equally, whatever ranked them.
     chosen = set(selection.ids)
     items = [t for t in ground.tokens.pool if t.id in chosen]
+    if options.tokens is not None:
+        items = keep_tokens(ground, items, options.tokens, name=name)
 
     def fine_tune() -> nn.Module:
         whole = AdapterSection(kind="full", layers=layers_of(recipe))
@@ -147,9 +150,10 @@ def tune_arm(
     # Only what the method reads: equal trainings for several tasks are one.
     method = chosen_method(options)
     seen = fingerprint_of(target) if method is not None and method.reads_target else None
-    everything = digest(
-        {"f": fingerprint, "t": options.model_dump(), "s": recipe.seed, "target": seen}
-    )
+    facts = {"f": fingerprint, "t": options.model_dump(), "s": recipe.seed, "target": seen}
+    if options.tokens is not None:
+        facts["tokens"] = fingerprint_of(items)
+    everything = digest(facts)
     path = ground.place("tune", f"tune/{name}", everything)
     result = ground.train(
         base,

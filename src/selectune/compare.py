@@ -153,6 +153,8 @@ class _Grid:
             # A row that trains something of its own does so alone.
             if own.adapter is not None or own.weights is not None:
                 changes |= {"adapter": own.adapter, "weights": own.weights}
+            if own.tokens is not None:
+                changes |= {"tokens": own.tokens}
         return self.recipe.tune.model_copy(update=changes)
 
     def select(self, method: MatrixMethod, tasks: Tasks, seed: int) -> Selection:

@@ -245,6 +245,9 @@ def _seconds(
     n_runs |= {c: len(pool) if c == FULL else n_chosen for c in tuning.controls}
     if choosing := choosing_seconds(ground, tuning, found, prices, n_chosen, mean):
         seconds["weights"] = len(n_runs) * choosing
+    if tuning.tokens is not None:
+        scored = sum(n for arm, n in n_runs.items() if arm != PLAIN)
+        seconds["token scores"] = len(ground.tasks) * scored * mean * gradient
     for arm, n in n_runs.items():
         how = tuning.plainly() if arm == PLAIN else tuning
         seconds[f"tune {arm}"] = training_seconds(ground, how, found, prices, n * mean)

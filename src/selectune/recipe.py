@@ -23,6 +23,7 @@ from selectune.recipe_sections import ScoreSection as ScoreSection
 from selectune.recipe_sections import Section as Section
 from selectune.recipe_sections import Seed as Seed
 from selectune.recipe_sections import SelectSection as SelectSection
+from selectune.recipe_sections import TokensSection as TokensSection
 from selectune.recipe_sections import TuneChoice as TuneChoice
 from selectune.recipe_sections import TuneGrid as TuneGrid
 from selectune.recipe_sections import TuneSection as TuneSection

@@ -121,12 +121,13 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             "they are shares of one selection",
             "lower some of them",
         )
-    if PLAIN in recipe.tune.controls and recipe.tune.method == PLAIN:
+    is_plain = recipe.tune.method == PLAIN and recipe.tune.tokens is None
+    if PLAIN in recipe.tune.controls and is_plain:
         add(
             ("tune", "controls", recipe.tune.controls.index(PLAIN)),
             f'the control "{PLAIN}" would equal the selection',
             f"it is the selection trained without a method, and tune.method is {PLAIN}",
-            f'remove "{PLAIN}", or name a tune.method',
+            f'remove "{PLAIN}", or name a tune.method or tune.tokens',
         )
     matrix = recipe.matrix
     if matrix is not None and len(set(matrix.seeds)) < len(matrix.seeds):

@@ -23,6 +23,7 @@ TokenCount = Annotated[
 TopLayers = Annotated[
     str, StringConstraints(pattern=r"^top:([1-9][0-9]{0,3}|[1-9][0-9]?%)$"), Like("top:8")
 ]
+RANK_RULE = r"^(energy:(0?\.\d+|1(\.0*)?)|loo|full)$"
 SEED_LIMIT = 2**31  # numpy's legacy generators and transformers' set_seed take no more
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 
@@ -295,6 +296,30 @@ class WeightsSection(Section):
     )
 
 
+def _is_null(value: object) -> bool:
+    return value is None
+
+
+class TokensSection(Section):
+    """Which loss tokens of an example train, by their token scores."""
+
+    keep: Literal["positive"] | Share = Field(
+        default="positive",
+        description="positive: the tokens whose training lowers the target's loss; 0.5: the best "
+        "half of every example; one token of an example always stays",
+    )
+    rank: Count | Annotated[str, Field(pattern=RANK_RULE)] | None = Field(
+        default=None,
+        description="rank of the target space that scores are taken in, as for gist; null: "
+        "score.options.rank, or energy:0.95",
+    )
+    shuffled: bool = Field(
+        default=False,
+        description="keep as many tokens of every example, at random places: the control that "
+        "tells what the scores are worth",
+    )
+
+
 class TuneSection(Section):
     """How an adapter is trained on the selection."""
 
@@ -320,7 +345,8 @@ class TuneSection(Section):
     controls: list[Text] = Field(
         default=["random"],
         description="what is tuned beside the selection: scorers at the same budget, or full, all "
-        "trained with the same method; plain is the selection itself, trained without the method",
+        "trained with the same method; plain is the selection itself, trained without the method "
+        "and on all tokens",
     )
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"] = Field(
         default="adamw_torch", description="optimizer, as transformers calls it"
@@ -341,10 +367,16 @@ class TuneSection(Section):
         description="single weights of the base to train instead of an adapter, or beside "
         "tune.adapter where that is given too",
     )
+    # Left out where it is null: what was trained before there was such a key is still found.
+    tokens: TokensSection | None = Field(
+        default=None,
+        exclude_if=_is_null,
+        description="train on some loss tokens of an example only; null: on all of them",
+    )
 
     def plainly(self) -> "TuneSection":
-        """Return the same training without a method."""
-        return self.model_copy(update={"method": PLAIN, "options": {}})
+        """Return the same training without a method, on all tokens."""
+        return self.model_copy(update={"method": PLAIN, "options": {}, "tokens": None})
 
     def of_section_adapter(self) -> "TuneSection":
         """Return the plain training of what gradients are taken with."""
@@ -383,6 +415,11 @@ class TuneChoice(Section):
     )
     weights: WeightsSection | None = Field(
         default=None, description="single weights that this row trains; null: tune.weights"
+    )
+    tokens: TokensSection | None = Field(
+        default=None,
+        exclude_if=_is_null,
+        description="loss tokens that this row trains on; null: tune.tokens",
     )
 
 

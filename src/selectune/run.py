@@ -62,6 +62,15 @@ from selectune.report import write_report
 from selectune.scoring import score_pool, share_passes, shares_passes
 from selectune.selection import Scores, Selection
 from selectune.story import tell
+from selectune.token_scoring import FILES as TOKENS
+from selectune.token_scoring import (
+    Form,
+    named,
+    rank_rule,
+    read_tokens,
+    token_scores,
+    write_tokens,
+)
 
 SCORES = "scores.parquet"
 CLAIMS = ".claims"
@@ -216,6 +225,28 @@ class Run:
             ]
             return Outcome(facts, text)
 
+    def tokens(self, *, form: Form = "loss", ids: Sequence[str] = ()) -> Outcome:
+        """Score the tokens of the chosen examples.
+
+        Args:
+            form: by whose loss asks for the target's direction, or by where modules answer.
+            ids: candidates to look at instead of the selection.
+
+        Raises:
+            ConfigError: the pool has no such candidate, or the model no forward-mode derivative.
+            CoverageError: what trains cannot be split by position.
+        """
+        with self._writing():
+            facts = self._ensure_tokens(form, tuple(dict.fromkeys(ids)))
+            text = [
+                f"{task}: {of['n_positive']:,} of {of['n_tokens']:,} tokens of "
+                f"{facts['n_examples']} examples help, rank {of['rank']}"
+                for task, of in facts["tasks"].items()
+            ]
+            files = [str(self.out / name) for name in TOKENS]
+            text.append(f"files: {', '.join(files)}; `selectune report` draws some of them")
+            return Outcome({**facts, "files": files}, text)
+
     def tune(self) -> Outcome:
         """Tune an adapter on the selection, and one per control."""
         with self._writing():
@@ -331,7 +362,7 @@ class Run:
                 "adapter": recipe.adapter.model_dump(mode="json"),
                 "warmup": recipe.warmup.model_dump(mode="json"),
                 "tune": recipe.tune.model_dump(
-                    mode="json", exclude={"controls", "method", "options"}
+                    mode="json", exclude={"controls", "method", "options", "tokens"}
                 ),
                 "score": recipe.score.model_dump(mode="json"),
                 "data": [recipe.data.max_length, recipe.data.loss_on],
@@ -396,6 +427,47 @@ class Run:
         kill_point(KillPoint.SELECTION_DONE)
         return selection
 
+    def _tokens_fingerprint(self, form: Form, ids: Sequence[str]) -> str:
+        facts = {"scores": self._score_fingerprint(), "ids": list(ids), "form": form}
+        return digest({**facts, "rule": rank_rule(self.recipe, self.recipe.tune.tokens)})
+
+    def _ensure_tokens(self, form: Form, ids: Sequence[str]) -> Mapping[str, Any]:
+        asked = named(self.ground, ids)
+        wanted = ids or self._ensure_selection().ids
+        fingerprint = self._tokens_fingerprint(form, wanted)
+        if (entry := self._record.done("tokens", fingerprint)) is not None:
+            return entry["facts"]
+        with Measured() as measured:
+            # In the pool's order, as the selection is trained on.
+            chosen = set(wanted)
+            items = asked or [t for t in self.ground.tokens.pool if t.id in chosen]
+            rule = rank_rule(self.recipe, self.recipe.tune.tokens)
+            label = "named examples" if ids else SELECTED
+            by_task = token_scores(self.ground, items, rule=rule, form=form, label=label)
+            write_tokens(self.out, self.ground, wanted, by_task)
+        facts = {
+            "form": form,
+            "ids": list(ids),
+            "n_examples": len(items),
+            "tasks": {one.task: one.to_json() for one in by_task},
+            "costs": dict(self.ground.costs),
+        }
+        self._record.write("tokens", fingerprint, cost=measured, files=TOKENS, facts=facts)
+        return facts
+
+    def _found_tokens(self, selection: Selection) -> list[dict[str, Any]]:
+        """Return the token scores that `tokens` left of today's selection, none where it has not.
+
+        Raises:
+            CorruptFileError: they are not what run.json says.
+        """
+        entry = self._record.entry("tokens")
+        if entry is None:
+            return []
+        ids = entry["facts"]["ids"] or selection.ids
+        fingerprint = self._tokens_fingerprint(entry["facts"]["form"], ids)
+        return read_tokens(self.out) if self._record.done("tokens", fingerprint) else []
+
     def _ensure_arms(self) -> list[TunedArm]:
         if self._arms is None:
             self._arms = self._tuned_arms()
@@ -404,6 +476,8 @@ class Run:
     def _tuned_arms(self) -> list[TunedArm]:
         selection = self._ensure_selection()
         tuning = self.recipe.tune
+        if tuning.tokens is not None:
+            self._ensure_tokens("loss", ())
         arms = [tune_arm(self.ground, SELECTED, selection)]
         for name in tuning.controls:
             is_plain = name == PLAIN
@@ -529,6 +603,7 @@ class Run:
             arms=arms,
             answers=answers,
             verdict=found,
+            tokens=self._found_tokens(selection),
             run=self._record.to_json(),
         )
         path = write_report(self.out, data)

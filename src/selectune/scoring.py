@@ -189,18 +189,29 @@ def gradient_store(ground: Ground) -> StoredPool:
 
 def _plain_pass(ground: Ground) -> _Pass:
     recipe = ground.recipe
-    base = ground.base()
-    untold: dict[str, Any] = {}
     if recipe.model.adapter is None and recipe.warmup.epochs and checkpoint_epochs(ground.asked):
+        base = ground.base()
         warmed, k = warm_up(ground, base), recipe.warmup.epochs
-        one = _Pass(ground, base, warmed.at(k - 1), untold, economy=economy_of(recipe.score))
+        one = _Pass(ground, base, warmed.at(k - 1), {}, economy=economy_of(recipe.score))
         return replace(one, beside=_beside(one, warmed, k))
+    return _Pass(ground, *scored_model(ground), economy=economy_of(recipe.score))
+
+
+def scored_model(ground: Ground) -> tuple[Base, nn.Module, dict[str, Any]]:
+    """Return the model at the checkpoint where gradients are taken.
+
+    Returns:
+        Its base, the model itself, and what decides gradients and leaves no mark in the weights.
+    """
+    recipe = ground.recipe
+    base = ground.base()
     model = warmed_model(ground, base)
+    untold: dict[str, Any] = {}
     if recipe.model.adapter is not None:
         untold = {"adapter_files": adapter_fingerprint(recipe.model.adapter)}
     elif not recipe.warmup.epochs:
         untold = {"adapter_section": recipe.adapter.model_dump()}
-    return _Pass(ground, base, model, untold, economy=economy_of(recipe.score))
+    return base, model, untold
 
 
 def checkpoint_stores(ground: Ground, reading: ReadsCheckpoints) -> list[tuple[StoredPool, float]]:

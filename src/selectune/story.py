@@ -20,6 +20,7 @@ from selectune.report import (
     ReportData,
     ShownExample,
     TargetSpectrum,
+    TokenMap,
     TrainingFacts,
     facts_of,
     parts_of,
@@ -32,6 +33,7 @@ from selectune.weight_story import tell_weights
 from selectune.weights.delta import SparseDelta
 
 _SHOWN = 8
+_SHOWN_MAPS = 3
 _METRICS: tuple[Metric, ...] = ("answer_loss", "correct_norm", "correct_raw")
 
 
@@ -43,6 +45,7 @@ def tell(
     arms: Sequence[TunedArm],
     answers: Mapping[str, Mapping[str, Evaluation]],
     verdict: Verdict | None,
+    tokens: Sequence[Mapping[str, Any]],
     run: Mapping[str, Any],
 ) -> ReportData:
     """Return everything that the page of a run shows."""
@@ -86,6 +89,7 @@ def tell(
         ],
         best=[_shown(ground, scores, selection, by_id[i]) for i in ranking[:_SHOWN]],
         worst=[_shown(ground, scores, selection, by_id[i]) for i in ranking[: -_SHOWN - 1 : -1]],
+        token_maps=_token_maps(ground, tokens),
         loss_curves={arm.name: arm.result.losses for arm in arms},
         training=_training(ground, arms),
         weights=_weights(arms),
@@ -180,6 +184,29 @@ def _shown(ground: Ground, scores: Scores, selection: Selection, example: Exampl
         target_parts=parts_of(place[1].content) if place else (),
         note=selection.reasons.get(example.id, ""),
     )
+
+
+def _token_maps(ground: Ground, rows: Sequence[Mapping[str, Any]]) -> list[TokenMap]:
+    """Return the first and the last few examples of each task, which stand best first."""
+    found: list[TokenMap] = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        few = own if len(own) <= 2 * _SHOWN_MAPS else [*own[:_SHOWN_MAPS], *own[-_SHOWN_MAPS:]]
+        found += [
+            TokenMap(
+                id=row["id"],
+                task=task,
+                source=ground.prepared.sources[row["id"]],
+                place=own.index(row) + 1,
+                n=len(own),
+                form=row["form"],
+                score=row["score"],
+                tokens=row["tokens"],
+                scores=row["scores"],
+            )
+            for row in few
+        ]
+    return found
 
 
 def _phases(ground: Ground, arms: Sequence[TunedArm]) -> list[Phase]:

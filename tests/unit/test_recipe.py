@@ -24,9 +24,9 @@ data:
 """
 GRID = (
     SMALL
-    + "tune: {adapter: {}, weights: {}}\n"
+    + "tune: {adapter: {}, weights: {}, tokens: {}}\n"
     + "matrix:\n  methods:\n  - gist\n"
-    + "  - {name: mine, method: gist, tune: {method: gast, adapter: {}, weights: {}}}\n"
+    + "  - {name: mine, method: gist, tune: {method: gast, adapter: {}, weights: {}, tokens: {}}}\n"
     + "  tune: {epochs: [1]}\n"
 )
 ANY_FOLDER = [HealthCheck.function_scoped_fixture]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
 # The verbs whose scoring several processes share; all others are one process's work.
 SHARED = ("score", "select", "tune", "evaluate", "run")
 
+
+class TokenForm(StrEnum):
+    """How an example's score is split by token, by the names of `token_scoring.Form`."""
+
+    loss = "loss"
+    position = "position"
+
+
 ShardOption = Annotated[
     str,
     typer.Option(
@@ -55,7 +64,7 @@ FastOption = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the verbs of this file."""
-    for verb in (plan, score, select, tune, evaluate, run, report):
+    for verb in (plan, score, select, tokens, tune, evaluate, run, report):
         app.command(name=verb.__name__)(verb)
 
 
@@ -103,6 +112,34 @@ def select(
 ) -> None:
     """Choose examples by their scores, with reasons."""
     _step("select", lambda run: run.select(), recipe, overrides, allow, as_json, quiet)
+
+
+def tokens(
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
+    form: Annotated[
+        TokenForm,
+        typer.Option(help="By whose loss asks for the target's direction, or by where it is met."),
+    ] = TokenForm.loss,
+    ids: Annotated[
+        str,
+        typer.Option(
+            metavar="ID[,ID...]",
+            help="Candidates to look at instead of the selection.",
+            show_default=False,
+        ),
+    ] = "",
+    allow: AllowOption = "",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Tell which tokens of the chosen examples help the task."""
+    asked = [name.strip() for name in ids.split(",") if name.strip()]
+    _step(
+        "tokens", lambda run: run.tokens(form=form.value, ids=asked), recipe, overrides, allow,
+        as_json, quiet,
+    )  # fmt: skip
 
 
 def tune(

@@ -143,10 +143,17 @@ class LinearRows:
 
     def dot(self, G: Float[Tensor, "o i"]) -> Float[Tensor, " n"]:
         """Inner product with G, through the smaller side."""
+        return self._terms(G).sum((1, 2))
+
+    def by_position(self, G: Float[Tensor, "o i"]) -> Float[Tensor, "n t"]:
+        """Inner product with G, split by the positions at which the module ran."""
+        return self._terms(G).sum(2)
+
+    def _terms(self, G: Float[Tensor, "o i"]) -> Float[Tensor, "n t _"]:
         X, D = exact(self.X), exact(self.D)
         if self.shape[0] <= self.shape[1]:
-            return ((D @ G) * X).sum((1, 2))
-        return ((X @ G.mT) * D).sum((1, 2))
+            return (D @ G) * X
+        return (X @ G.mT) * D
 
     def norm2(self) -> Float[Tensor, " n"]:
         """Squared norm: <D^T X, D^T X> = <D D^T, X X^T>, the cheaper form while t * t < o * i."""
@@ -198,6 +205,10 @@ class EmbeddingRows:
     def dot(self, G: Float[Tensor, "v h"]) -> Float[Tensor, " n"]:
         """Inner product with G, read only at the rows looked up."""
         return (self.D * G[self.T]).sum((1, 2))
+
+    def by_position(self, G: Float[Tensor, "v h"]) -> Float[Tensor, "n t"]:
+        """Inner product with G, split by the positions that looked a row up."""
+        return (self.D * G[self.T]).sum(2)
 
     def norm2(self) -> Float[Tensor, " n"]:
         """Squared norm: pairs of positions count where they looked up the same row."""
@@ -375,6 +386,25 @@ def _some(rows: Rows, start: int, end: int) -> Rows:
             return SparseRows(_some(rows.whole, start, end), rows.index, rows.pattern)
         case _:
             return DenseRows(rows.dense()[start:end])
+
+
+def by_position(rows: Rows, G: Float[Tensor, "..."], t: int) -> Float[Tensor, "n t"] | None:
+    """Return <g_n, G> split by position; None where the rows are not one per token.
+
+    Args:
+        rows: of one parameter.
+        G: of the parameter's shape.
+        t: tokens in a row of the batch, padding included.
+    """
+    match rows:
+        case LinearRows() | EmbeddingRows():
+            return rows.by_position(G) if rows.D.shape[1] == t else None
+        case JointRows():
+            parts = [by_position(part, G, t) for part in rows.parts]
+            found = [part for part in parts if part is not None]
+            return torch.stack(found).sum(0) if len(found) == len(parts) else None
+        case _:
+            return None  # summed over positions already
 
 
 def dense_parts(rows: Rows) -> Iterator[Float[Tensor, "n ..."]]:

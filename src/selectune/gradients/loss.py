@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,6 +24,24 @@ def target_nll(
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Return each example's summed cross-entropy over its target tokens, and their number.
 
+    Args:
+        model: as `token_nll` takes it.
+        batch: on the model's device; a label at position 0 is ignored, as nothing predicts it.
+
+    Returns:
+        Nats, summed in fp32 (fp64 for an fp64 model) and differentiable; counts of target tokens.
+
+    Raises:
+        DataError: an example has no target token, so its loss is undefined.
+        CoverageError: the model returns logits that do not line up with its input tokens.
+    """
+    nats, is_real = token_nll(model, batch)
+    return nats.sum(1), is_real.sum(1)
+
+
+def token_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "n k"], Bool[Tensor, "n k"]]:
+    """Return the cross-entropy of each target token, in the order of an example's tokens.
+
     Padding may stand on either side: rows are moved to the left first, which leaves positions as
     the model was trained with, whether it takes them as ids, learns them or has none. Trainable
     heads are called with `[n, T, hidden]`, so that gradients keep a batch axis; frozen ones with
@@ -36,7 +54,8 @@ def target_nll(
             unused; the model's own tokens, drawn by them, then stand in for the labels.
 
     Returns:
-        Nats, summed in fp32 (fp64 for an fp64 model) and differentiable; counts of target tokens.
+        Nats in fp32 (fp64 for an fp64 model) and differentiable, 0 where an example has fewer
+        target tokens than the longest; True where there is one.
 
     Raises:
         DataError: an example has no target token, so its loss is undefined.
@@ -98,7 +117,7 @@ def target_nll(
     )
     if slots.shape != is_real.shape:
         nats = nats.new_zeros(is_real.shape).masked_scatter(is_real, nats)
-    return nats.view_as(is_real).sum(1), n_tokens
+    return nats.view_as(is_real), is_real
 
 
 def _drawn(logits: Float[Tensor, "a b v"], u: Float[Tensor, "a b"]) -> Int[Tensor, "a b"]:

@@ -74,6 +74,26 @@ def rank_by_energy(directions: Spectrum, share: float) -> int:
     return min(int(np.searchsorted(directions.energy, share - 1e-12)) + 1, len(directions.s))
 
 
+def rank_of(rule: int | str, directions: Spectrum, gram: Float[np.ndarray, "m m"]) -> int:
+    """Return the rank that a rule gives, at most the number of sound directions.
+
+    Args:
+        rule: a number, or a word that `recipe_sections.RANK_RULE` takes, such as "energy:0.95".
+        directions: of the targets.
+        gram: of the targets.
+    """
+    full = len(directions.s)
+    match rule:
+        case int(number):
+            return min(number, full)
+        case "full":
+            return full
+        case "loo":
+            return min(rank_left_out(gram), full) if len(gram) > 2 else full
+        case str(word):
+            return rank_by_energy(directions, float(word.split(":")[1]))
+
+
 def rank_left_out(gram: Float[np.ndarray, "m m"]) -> int:
     """Return the smallest rank within one standard error of the best at foretelling new targets.
 

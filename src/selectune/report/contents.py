@@ -155,6 +155,33 @@ class ShownExample:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenMap:
+    """The tokens of one example, and how far each helps a task.
+
+    Args:
+        id: of the example.
+        task: the target task.
+        source: of the example.
+        place: among the examples looked at, 1 for the best.
+        n: how many these are.
+        form: "loss" or "position", how its score was split.
+        score: what its tokens add up to.
+        tokens: their texts, in order.
+        scores: one per token, None where a token has none.
+    """
+
+    id: str
+    task: str
+    source: str
+    place: int
+    n: int
+    form: str
+    score: float
+    tokens: Sequence[str]
+    scores: Sequence[float | None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """What one step of the run cost.
@@ -245,6 +272,7 @@ class ReportData:
         spectra: one per target task; empty for methods without gradients.
         best: the examples with the highest scores, best first.
         worst: those with the lowest, worst first.
+        token_maps: examples whose tokens are drawn, task by task; empty where none were scored.
         loss_curves: arm to (step, training loss in nats per token).
         training: what the training method did, one per arm; empty for plain training.
         weights: which single weights were trained; None where whole matrices were.
@@ -269,6 +297,7 @@ class ReportData:
     spectra: Sequence[TargetSpectrum] = ()
     best: Sequence[ShownExample] = ()
     worst: Sequence[ShownExample] = ()
+    token_maps: Sequence[TokenMap] = ()
     loss_curves: Mapping[str, Sequence[tuple[int, float]]] = field(
         default_factory=dict[str, Sequence[tuple[int, float]]]
     )

@@ -12,7 +12,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 
 from selectune.files import write_file
-from selectune.report import account, choice, layers, outcome, reading, weights
+from selectune.report import account, choice, heat, layers, outcome, reading, weights
 from selectune.report.contents import (
     Difference,
     Level,
@@ -21,6 +21,7 @@ from selectune.report.contents import (
     ReportData,
     ShownExample,
     TargetSpectrum,
+    TokenMap,
     TrainingFacts,
     Verdict,
     parts_of,
@@ -35,6 +36,7 @@ __all__ = [
     "ReportData",
     "ShownExample",
     "TargetSpectrum",
+    "TokenMap",
     "TrainingFacts",
     "Verdict",
     "parts_of",
@@ -68,6 +70,7 @@ def render(data: ReportData) -> str:
         "Target space": choice.target_space(data),
         "Captured energy": choice.energy(data, chosen),
         "Examples": reading.examples(data),
+        "Tokens": heat.tokens(data),
         "Lengths": choice.lengths(data, chosen),
         "Training": account.training(data),
         "Layers": layers.trained(data),
@@ -79,7 +82,12 @@ def render(data: ReportData) -> str:
     has_maps = bool(sections["Layers"] or sections["Weights"])
     return document(
         data.title,
-        ["style", *(["layers"] if has_maps else []), *(["weights"] if sections["Weights"] else [])],
+        [
+            "style",
+            *(["layers"] if has_maps else []),
+            *(["weights"] if sections["Weights"] else []),
+            *(["tokens"] if sections["Tokens"] else []),
+        ],
         outcome.verdict(data),
         account.at_a_glance(data),
         _contents(sections),
@@ -128,7 +136,7 @@ def _contents(sections: dict[str, Markup | None]) -> Markup:
     anchors = {
         "Evaluation": "evaluation", "Chosen": "chosen", "Scores": "scores",
         "Target space": "target", "Captured energy": "energy", "Examples": "examples",
-        "Lengths": "lengths", "Training": "training", "Layers": "layers",
+        "Tokens": "tokens", "Lengths": "lengths", "Training": "training", "Layers": "layers",
         "Weights": "weights", "Cost": "cost", "Warnings": "warnings", "Run it again": "replay",
     }  # fmt: skip
     links = [tag("a", label, href=f"#{anchors[label]}") for label, body in sections.items() if body]

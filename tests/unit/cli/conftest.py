@@ -26,8 +26,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
             self.recipe, self.out, self.progress = recipe, out, progress
             fake.allowed = allow
 
-        def __getattr__(self, name: str) -> Callable[[], FakeResult]:
-            def step() -> FakeResult:
+        def __getattr__(self, name: str) -> Callable[..., FakeResult]:
+            def step(**options: object) -> FakeResult:
+                fake.options = options
                 fake.calls.append((name, self.out, self.recipe))
                 fake.act(self.progress)
                 return FakeResult(name, self.out)

@@ -35,6 +35,7 @@ class FakeSteps:
     act: Callable[[Any], None] = lambda progress: None
     problems: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
+    options: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass

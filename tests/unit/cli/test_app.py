@@ -15,8 +15,8 @@ from selectune.errors import StorageError
 from unit.cli.fakes import SOURCES, Child, FakeSteps
 
 VERBS = (
-    "plan", "score", "select", "tune", "evaluate", "run", "report", "compare", "methods", "doctor",
-    "verify", "demo", "merge", "export", "scores",
+    "plan", "score", "select", "tokens", "tune", "evaluate", "run", "report", "compare", "methods",
+    "doctor", "verify", "demo", "merge", "export", "scores",
 )  # fmt: skip
 HEAVY = ("torch", "peft", "transformers", "numpy", "pandas", "pyarrow", "datasets", "rich")
 

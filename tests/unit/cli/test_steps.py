@@ -7,7 +7,7 @@ import pytest
 from selectune.cli import main
 from unit.cli.fakes import FakeSteps
 
-STEPS = ["plan", "score", "select", "tune", "evaluate", "report"]
+STEPS = ["plan", "score", "select", "tokens", "tune", "evaluate", "report"]
 
 
 @pytest.mark.parametrize(("verb", "step"), [*zip(STEPS, STEPS, strict=True), ("run", "all")])
@@ -47,6 +47,12 @@ def test_a_report_is_written_of_a_run_by_its_folder(recipe: str, steps: FakeStep
     assert main(["report", str(home)]) == 0
     ((verb, out, _),) = steps.calls
     assert (verb, out) == ("report", home)
+
+
+def test_tokens_takes_a_form_and_ids(recipe: str, steps: FakeSteps) -> None:
+    assert main(["tokens", recipe, "--form", "position", "--ids", "a-0, b-0"]) == 0
+    assert steps.options == {"form": "position", "ids": ["a-0", "b-0"]}
+    assert main(["tokens", recipe, "--form", "length"]) == 2
 
 
 def test_compare_runs_the_matrix(

@@ -13,6 +13,7 @@ from selectune.report.page import (
     ReportData,
     ShownExample,
     TargetSpectrum,
+    TokenMap,
     TrainingFacts,
     Verdict,
 )
@@ -319,4 +320,20 @@ def method_run(full_run: ReportData) -> ReportData:
             steps_of(n_layers=80, n_steps=300, n_active=20, picks=False, arm=ARABIC, seed=2),
         ],
         weights=weight_facts("selected", SCRIPT, ARABIC),
+        token_maps=[token_map(SCRIPT), token_map(ARABIC)],
+    )
+
+
+def token_map(source: str, form: str = "loss", n: int = 5) -> TokenMap:
+    """Return an example whose last n tokens have scores, from a helpful one to a harmful one."""
+    return TokenMap(
+        id=f"{source}-0",
+        task=source,
+        source=source,
+        place=1,
+        n=1,
+        form=form,
+        score=0.5,
+        tokens=["Question:", f" {source}", "\nAnswer:", *(f" t{k}" for k in range(n))],
+        scores=[None, None, None, *np.linspace(1, -0.5, n).tolist()],
     )

@@ -23,8 +23,9 @@ from pydantic import Field
 
 from selectune.errors import SelectionError
 from selectune.gradients.facts import GradientFacts
-from selectune.gradients.subspace import Spectrum, rank_by_energy, rank_left_out, spectrum
+from selectune.gradients.subspace import Spectrum, rank_of, spectrum
 from selectune.methods.evidence import Evidence
+from selectune.recipe_sections import RANK_RULE
 from selectune.registry import data_scorer
 from selectune.selection import Scores
 
@@ -40,8 +41,7 @@ class GistOptions:
         Field(description="best target (paper), best subtask mean (release), mean of targets"),
     ] = "max_example"
     rank: Annotated[
-        Annotated[int, Field(ge=1)]
-        | Annotated[str, Field(pattern=r"^(energy:(0?\.\d+|1(\.0*)?)|loo|full)$")],
+        Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=RANK_RULE)],
         Field(description='"energy:0.95" (paper), a number (release: 150), "loo" or "full"'),
     ] = "energy:0.95"
     energy: Annotated[
@@ -62,16 +62,7 @@ def chosen_rank(options: GistOptions, directions: Spectrum, gram: Float[np.ndarr
     Raises:
         SelectionError: rank 1, where every score would be +1 or -1.
     """
-    full = len(directions.s)
-    match options.rank:
-        case int(number):
-            rank = min(number, full)
-        case "full":
-            rank = full
-        case "loo":
-            rank = min(rank_left_out(gram), full) if len(gram) > 2 else full
-        case str(rule):
-            rank = rank_by_energy(directions, float(rule.split(":")[1]))
+    rank = rank_of(options.rank, directions, gram)
     if rank < 1 or (rank == 1 and options.energy != "multiply"):
         raise SelectionError(
             f"GIST has rank {rank}: every score would be exactly 1 or -1",
