@@ -1,6 +1,7 @@
 """What the steps of one run share: data, tokens, the base model, and where results lie."""
 
 import json
+import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
