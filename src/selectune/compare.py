@@ -17,15 +17,16 @@ Each cell leaves its numbers and a recipe of its own as soon as it is done: see 
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from selectune.answered import evaluate_arm, generate_arm, once, read_arm
-from selectune.arms import BASE, TunedArm, choose, control_selection, tune_arm
+from selectune.arms import BASE, TunedArm, choose, control_selection, source_of, tune_arm
 from selectune.cells import cell_folder, replay, write_cell
 from selectune.comparison import RANDOM, Cell, ComparisonTable, make_rows
 from selectune.data import Example, content_key
@@ -46,6 +47,7 @@ from selectune.progress import Progress
 from selectune.recipe import MatrixMethod, MatrixSection, Recipe, TuneSection
 from selectune.recipe_methods import FULL
 from selectune.record import Record
+from selectune.reselection import Source
 from selectune.scoring import evidence_steps, score_pool
 from selectune.selection import Selection
 from selectune.text_table import TextRow, text_rows
@@ -63,7 +65,7 @@ class _Grid:
     ) -> None:
         self.recipe, self.matrix, self.out, self.progress = recipe, matrix, out, progress
         self.methods = _methods(matrix)
-        self._grounds: dict[int, Ground] = {}
+        self._grounds: dict[tuple[int, str], Ground] = {}
         self._settings: dict[tuple[str, Tasks], tuple[float, int]] = {}
         self.tried: list[dict[str, Any]] = []
         self.away: dict[Scoring, dict[tuple[str, str, str, int], Evaluation | Generation]] = {
@@ -84,20 +86,40 @@ class _Grid:
                 do=f"add data.heldout.{missing[0]}",
             )
 
-    def ground(self, seed: int) -> Ground:
-        """Return the ground of one seed; data and tokens are read once."""
-        if seed not in self._grounds:
-            recipe = self.recipe.changed({"seed": seed, "matrix": None})
+    def ground(self, seed: int, method: MatrixMethod | None = None) -> Ground:
+        """Return the ground of one seed; data and tokens are read once.
+
+        Args:
+            seed: of the run.
+            method: a row that may have a warm-up of its own; None for the section warmup.
+        """
+        own = None if method is None else method.warmup
+        key = seed, "" if own is None or method is None else method.name
+        if key not in self._grounds:
+            recipe, rows = self.recipe, [m for m in self.methods if m.warmup is None]
+            if own is not None and method is not None:
+                recipe, rows = recipe.model_copy(update={"warmup": own}), [method]
+            matrix = self.matrix.model_copy(update={"methods": rows})
+            grid = recipe.model_copy(update={"matrix": matrix})
             ground = Ground(
-                recipe, self.out, shared=self.out / "shared", tasks=None,
-                progress=self.progress, checkpoint_epochs=checkpoint_epochs(self.recipe),
+                recipe.changed({"seed": seed, "matrix": None}), self.out,
+                shared=self.out / "shared", tasks=None, progress=self.progress,
+                checkpoint_epochs=checkpoint_epochs(grid),
             )  # fmt: skip
             if self._grounds:
                 ground.borrow(next(iter(self._grounds.values())))
             elif self.matrix.tune is not None:
                 self._hold_aside(ground)
-            self._grounds[seed] = ground
-        return self._grounds[seed]
+            self._grounds[key] = ground
+        return self._grounds[key]
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """What was worked once for many, by seed, and by row where it has a warm-up of its own."""
+        return {
+            f"{seed} {name}".strip(): dict(ground.costs)
+            for (seed, name), ground in self._grounds.items()
+        }
 
     def _hold_aside(self, ground: Ground) -> None:
         """Take half of each task's targets out of the selection, to choose settings by."""
@@ -136,19 +158,25 @@ class _Grid:
         if method.tune is not None:
             own = method.tune
             changes |= {"method": own.method, "options": own.options}
+            if own.reselect_every is not None:
+                changes["reselect_every"] = own.reselect_every
             # A row that trains something of its own does so alone.
             if own.adapter is not None or own.weights is not None:
                 changes |= {"adapter": own.adapter, "weights": own.weights}
         return self.recipe.tune.model_copy(update=changes)
 
-    def select(self, method: MatrixMethod, tasks: Tasks, seed: int) -> Selection:
-        """Return what a method chooses for some tasks together."""
-        ground = self.ground(seed)
+    def select(
+        self, method: MatrixMethod, tasks: Tasks, seed: int
+    ) -> tuple[Selection, Source | None]:
+        """Return what a method chooses for some tasks together, and what it chooses by."""
+        ground = self.ground(seed, method)
         if method.method == FULL:
-            return control_selection(ground, FULL)
+            return control_selection(ground, FULL), None
         ground.focus(tasks)
         scores = score_pool(ground, method.method, dict(method.options))
-        return choose(ground, scores, "", quotas=self._quotas(tasks) if self.transfers else None)
+        quotas = self._quotas(tasks) if self.transfers else None
+        source = source_of(ground, method.method, method.options, scores=scores, quotas=quotas)
+        return choose(ground, scores, "", quotas=quotas), source
 
     @property
     def transfers(self) -> bool:
@@ -195,10 +223,11 @@ class _Grid:
         label: str,
     ) -> tuple[Selection, TunedArm]:
         """Select and tune with one setting; equal work is found, not repeated."""
-        ground = self.ground(seed)
-        selection = self.select(method, tasks, seed)
+        ground = self.ground(seed, method)
+        selection, source = self.select(method, tasks, seed)
         ground.focus(tasks)
-        arm = tune_arm(ground, label, selection, tuning=self.tuning(method, *setting))
+        tuning = self.tuning(method, *setting)
+        arm = tune_arm(ground, label, selection, tuning=tuning, source=source)
         # With Adam's state they weigh several times what they led to, and nothing resumes any more.
         for checkpoint in arm.path.parent.glob("checkpoint-*"):
             remove(checkpoint)
@@ -269,7 +298,7 @@ class _Grid:
         setting = self.setting(method, tasks)
         label = " ".join([method.name, *(tasks if len(tasks) == 1 else ()), f"seed {seed}"])
         selection, arm = self.train(method, tasks, seed, setting, label)
-        ground = self.ground(seed)
+        ground = self.ground(seed, method)
         prepared, load = ground.prepared, once(ground, arm.path)
         tested = self.tested(tasks)
         questions = {task: prepared.heldout[task] for task in tested}
@@ -288,7 +317,8 @@ class _Grid:
         seconds = arm.result.seconds / arm.result.n_steps
         about = {"method": method.name, "tasks": tasks, "seed": seed, "learning_rate": rate,
                  "epochs": epochs, "n_examples": arm.n_examples, "seconds_per_step": seconds,
-                 "selection": digest({"ids": selection.ids})}  # fmt: skip
+                 "selection": digest({"ids": selection.ids}),
+                 "reselected": [asdict(refresh) for refresh in arm.refreshes]}  # fmt: skip
         folder = cell_folder(self.out, method.name, tasks, seed)
         alone = replay(
             self.recipe, folder, method, tasks=tasks, tested=tested, seed=seed, setting=setting
@@ -316,6 +346,9 @@ class _Grid:
         steps = [f"weights {label}"]
         if method.method != FULL:
             steps += evidence_steps(ground.recipe, method.method, dict(method.options))
+        steps += [
+            step for step in ground.costs if re.fullmatch(rf"refresh \d+ {re.escape(label)}", step)
+        ]
         found = (ground.costs[step]["seconds"] for step in steps if step in ground.costs)
         return float(sum(found))
 
@@ -424,7 +457,7 @@ def compare(recipe: Recipe, *, out: Path, progress: Progress) -> ComparisonTable
             for task, cell in grid.cells(method, tasks, seed).items():
                 cells[task, method.name, seed] = cell
                 progress.note(_progress_line(cells, task, method.name, seed, bases[task]))
-        costs = {str(seed): dict(grid.ground(seed).costs) for seed in matrix.seeds}
+        costs = grid.costs
         rows = make_rows(
             cells,
             bases,

@@ -15,6 +15,7 @@ ByName = Annotated[dict[Text, Text], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Steps = Count | Annotated[float, Field(gt=0, lt=1)]  # a number, or a share of all
 NotNegative = Annotated[float, Field(ge=0)]
 TokenCount = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,11} tokens$")]
 SEED_LIMIT = 2**31  # numpy's legacy generators and transformers' set_seed take no more
@@ -198,6 +199,22 @@ class WarmupSection(Section):
         default=4,
         description="length of the learning-rate schedule, of which warmup.epochs are run",
     )
+    until: Literal["epochs", "overlap"] = Field(
+        default="epochs",
+        description="epochs: all of warmup.epochs; overlap: at most these, and no longer than the "
+        "space of the target gradients moves",
+    )
+    overlap: Share = Field(
+        default=0.9,
+        description="until overlap: how much of their space two checks have in common where it "
+        "counts as resting; 1 is all",
+    )
+    overlap_times: Count = Field(
+        default=2, description="until overlap: as many such overlaps in a row end the warm-up"
+    )
+    overlap_every: Count = Field(
+        default=50, description="until overlap: steps between two checks, on targets only"
+    )
 
 
 class ScoreSection(Section):
@@ -311,10 +328,17 @@ class TuneSection(Section):
         description="single weights of the base to train instead of an adapter, or beside "
         "tune.adapter where that is given too",
     )
+    reselect_every: Steps | None = Field(
+        default=None,
+        description="choose anew after every so many steps, or every such share of the training: "
+        "gradients of the targets and of a shortlist, four times the selection, are taken at the "
+        "model as it is then, and training goes on with what scores best; for scorers of "
+        "gradients, such as gist; null: the selection stays",
+    )
 
     def plainly(self) -> "TuneSection":
-        """Return the same training without a method."""
-        return self.model_copy(update={"method": PLAIN, "options": {}})
+        """Return the same training without a method, on one selection to the end."""
+        return self.model_copy(update={"method": PLAIN, "options": {}, "reselect_every": None})
 
     def of_section_adapter(self) -> "TuneSection":
         """Return the plain training of what gradients are taken with."""
@@ -354,6 +378,9 @@ class TuneChoice(Section):
     weights: WeightsSection | None = Field(
         default=None, description="single weights that this row trains; null: tune.weights"
     )
+    reselect_every: Steps | None = Field(
+        default=None, description="when this row chooses anew; null: tune.reselect_every"
+    )
 
 
 class MatrixMethod(Section):
@@ -369,6 +396,11 @@ class MatrixMethod(Section):
     tune: TuneChoice | None = Field(
         default=None,
         description="training method of this row alone; null: tune.method, as for the others",
+    )
+    warmup: WarmupSection | None = Field(
+        default=None,
+        description="warm-up before this row's gradients alone; null: the section warmup, which "
+        "serves all others together",
     )
 
 

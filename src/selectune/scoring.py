@@ -1,6 +1,7 @@
 """Gradient passes, states, losses and scorers: from a pool to one table of scores."""
 
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import nn
 
 from selectune.adapters import adapter_fingerprint
+from selectune.data import Tokens
 from selectune.errors import IncompatibleRunError, SelectionError
 from selectune.files import open_dir, staged
 from selectune.gradients.adam import Moments, adam_steps
@@ -399,6 +401,56 @@ def score_pool(ground: Ground, name: str, options: dict[str, object]) -> Scores:
     else:
         return entry.function(evidence, parsed)
     return _joined({task: _score_task(entry, e, parsed, task) for task, e in by_task.items()})
+
+
+def score_shortlist(
+    ground: Ground,
+    name: str,
+    options: dict[str, object],
+    *,
+    base: Base,
+    model: nn.Module,
+    tokens: Sequence[Tokens],
+    path: Path,
+    made_from: str,
+) -> Scores:
+    """Score some examples by their gradients at a model as it is now, for every task of the run.
+
+    Args:
+        ground: of the run.
+        name: of a scorer that reads gradients.
+        options: its options.
+        base: the model's base.
+        model: whatever is trainable in it counts.
+        tokens: the examples.
+        path: of the gradient pass, which resumes by shard.
+        made_from: fingerprint of what led to the model.
+
+    Raises:
+        SelectionError: the scorer cannot say anything with these targets.
+    """
+    entry = get("data_scorer", name)
+    parsed = entry.parse(options)
+    section = ground.recipe.score
+    store = GradientStore(path, {"made_from": made_from, "model": trainable_fingerprint(model)})
+    if store.is_stale():
+        shutil.rmtree(path)
+    stored = store.compute(
+        GradientEngine(model, precision=base.precision),
+        tokens,
+        targets(ground),
+        pad_id=base.pad_id,
+        token_budget=section.token_budget,
+        shard_examples=section.shard_examples,
+        progress=ground.progress,
+    )
+    evidence = Evidence(stored.ids, stored.n_target_tokens, seed=ground.recipe.seed)
+    return _joined(
+        {
+            task: _score_task(entry, replace(evidence, gradients=facts), parsed, task)
+            for task, facts in ((task, stored.of_task(task)) for task in ground.tasks)
+        }
+    )
 
 
 def _refuse_other_pool(stored: StoredPool, evidence: Evidence) -> None:
