@@ -9,19 +9,22 @@ from typing import Any
 from torch import nn
 
 from selectune.adapters import load_tuned
-from selectune.data import Example, near_duplicates
+from selectune.data import Example, Tokens, near_duplicates
 from selectune.equip import adapter_of, equip, mask_digest
 from selectune.ground import Ground, digest
 from selectune.methods.rules import Budget, select, target_columns
+from selectune.models import Base
 from selectune.package_recipe import layers_of
 from selectune.recipe import AdapterSection, TuneSection
 from selectune.recipe_methods import FULL
 from selectune.registry import get
+from selectune.reselection import Phases, Refresh, Source, reads_the_model, refresh_steps
 from selectune.scoring import score_pool
 from selectune.selection import Scores, Selection
 from selectune.token_scoring import keep_tokens
 from selectune.training import TuneResult
 from selectune.training.chosen import chosen_method, fingerprint_of
+from selectune.training.tune import Phase
 from selectune.weights.mask import WeightMask
 
 SELECTED = "selected"
@@ -38,6 +41,7 @@ class TunedArm:
     result: TuneResult
     mask: WeightMask | None = None  # of single weights that trained
     plane: Mapping[str, Any] | None = None  # where these lie among all
+    refreshes: tuple[Refresh, ...] = ()  # new selections that it went on with
 
 
 def choose(
@@ -46,6 +50,7 @@ def choose(
     fingerprint: str,
     *,
     quotas: Mapping[str, tuple[float, float]] | None = None,
+    budget: Budget | None = None,
 ) -> Selection:
     """Fill the recipe's budget from scores.
 
@@ -54,6 +59,7 @@ def choose(
         scores: of its candidates.
         fingerprint: of what the scores were made from.
         quotas: in place of the recipe's.
+        budget: in place of the recipe's.
 
     Raises:
         SelectionError: the budget, a quota or the rule cannot be met.
@@ -64,13 +70,17 @@ def choose(
         rule = "topk"  # a control that does not look at the targets has no turns to give them
     by_id = {e.id: e for e in ground.prepared.candidates}
     lengths = {t.id: len(t.input_ids) for t in ground.tokens.pool}
+    sources = {i: by_id[i].source for i in scores.ids}
+    asked = section.quotas if quotas is None else quotas
+    if budget is not None:  # of a shortlist, which need not hold every source
+        asked = {name: quota for name, quota in asked.items() if name in set(sources.values())}
     return select(
         scores,
         get("selection_rule", rule, where="select.rule"),
-        Budget.of(section.budget, len(scores)),
-        sources={i: by_id[i].source for i in scores.ids},
+        budget or Budget.of(section.budget, len(scores)),
+        sources=sources,
         n_tokens=lengths,
-        quotas=section.quotas if quotas is None else quotas,
+        quotas=asked,
         dropped=ground.dropped,
         is_near=_NearCopies(by_id, scores, section.near_duplicates)
         if section.near_duplicates is not None
@@ -105,7 +115,12 @@ def control_selection(ground: Ground, name: str) -> Selection:
 
 
 def tune_arm(
-    ground: Ground, name: str, selection: Selection, *, tuning: TuneSection | None = None
+    ground: Ground,
+    name: str,
+    selection: Selection,
+    *,
+    tuning: TuneSection | None = None,
+    source: Source | None = None,
 ) -> TunedArm:
     """Train a fresh adapter or single weights on a selection; resume, or read what is there.
 
@@ -114,6 +129,7 @@ def tune_arm(
         name: of the arm.
         selection: what to train on.
         tuning: how; None for the recipe's `tune` section.
+        source: what the selection was chosen by, for `tune.reselect_every`; None keeps it.
 
     Raises:
         TrainingError: the loss is not a number, or nothing moved.
@@ -154,16 +170,87 @@ def tune_arm(
     if options.tokens is not None:
         facts["tokens"] = fingerprint_of(items)
     everything = digest(facts)
+    held = [(base, equipped.model)]
+    mask, plane = equipped.mask, equipped.plane
+    del base, equipped  # so that each phase frees the model of the one before
+    refreshes: list[Refresh] = []
+    if source is not None and options.reselect_every is not None:
+        everything = digest({"of": everything, "by": _told(ground, source, selection)})
+
+    def train(
+        items: list[Tokens], path: Path, phase: Phase | None
+    ) -> tuple[Base, nn.Module, TuneResult]:
+        if held:
+            base, model = held.pop()
+        else:
+            base = ground.base()
+            model = equip(ground, base, items, options, name=name, fine_tune=fine_tune).model
+        result = ground.train(
+            base,
+            model,
+            items,
+            options,
+            path=path,
+            fingerprint=fingerprint,
+            name=name,
+            target=target,
+            phase=phase,
+        )
+        return base, model, result
+
     path = ground.place("tune", f"tune/{name}", everything)
-    result = ground.train(
-        base,
-        equipped.model,
-        items,
-        options,
-        path=path,
-        fingerprint=fingerprint,
-        name=name,
-        target=target,
-    )
+    if source is None or options.reselect_every is None:
+        result = train(items, path, None)[2]
+    else:
+        step = options.batch_size * options.accumulation
+        n_steps = options.epochs * -(-len(items) // step)
+        phases = Phases(
+            ground,
+            ground.place("phases", f"phases/{name}", everything),
+            made_from=everything,
+            source=source,
+            first=selection,
+            ends=refresh_steps(options.reselect_every, n_steps),
+            name=name,
+        )
+        result, refreshes = phases.run(train, path)
     ground.costs[f"tune {name}"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
-    return TunedArm(name, result.path, len(items), result, equipped.mask, equipped.plane)
+    return TunedArm(name, result.path, len(items), result, mask, plane, tuple(refreshes))
+
+
+def source_of(
+    ground: Ground,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    scores: Scores | None = None,
+    quotas: Mapping[str, tuple[float, float]] | None = None,
+) -> Source | None:
+    """Return what a selection is chosen by again while a model trains on it.
+
+    Args:
+        ground: of the run.
+        name: of the scorer.
+        options: of the scorer.
+        scores: its first ones; None to score.
+        quotas: in place of the recipe's.
+
+    Returns:
+        None where the scorer does not look at what changes.
+    """
+    if name == FULL or not reads_the_model(name):
+        return None
+    found = score_pool(ground, name, dict(options)) if scores is None else scores
+    return Source(found, options, quotas)
+
+
+def _told(ground: Ground, source: Source, selection: Selection) -> dict[str, Any]:
+    """Return what decides the new selections of a training."""
+    return {
+        "method": source.scores.method,
+        "options": dict(source.options),
+        "quotas": None if source.quotas is None else dict(source.quotas),
+        "select": ground.recipe.select.model_dump(mode="json"),
+        "shortlist": sorted(source.shortlist(selection)),
+        "tasks": {task: [t.id for t in ground.tokens.targets[task]] for task in ground.tasks},
+    }

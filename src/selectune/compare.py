@@ -17,15 +17,16 @@ Each cell leaves its numbers and a recipe of its own as soon as it is done: see 
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from selectune.answered import evaluate_arm, generate_arm, once, read_arm
-from selectune.arms import BASE, TunedArm, choose, control_selection, tune_arm
+from selectune.arms import BASE, TunedArm, choose, control_selection, source_of, tune_arm
 from selectune.cells import cell_folder, replay, write_cell
 from selectune.comparison import ALL_TASKS, RANDOM, Cell, ComparisonTable, make_rows
 from selectune.data import Example, content_key
@@ -46,6 +47,7 @@ from selectune.progress import Progress
 from selectune.recipe import MatrixMethod, MatrixSection, Recipe, TuneSection
 from selectune.recipe_methods import FULL
 from selectune.record import Record
+from selectune.reselection import Source
 from selectune.scoring import evidence_steps, score_pool
 from selectune.selection import Selection
 from selectune.text_table import TextRow, text_rows
@@ -63,7 +65,7 @@ class _Grid:
     ) -> None:
         self.recipe, self.matrix, self.out, self.progress = recipe, matrix, out, progress
         self.methods = _methods(matrix)
-        self._grounds: dict[int, Ground] = {}
+        self._grounds: dict[tuple[int, str], Ground] = {}
         self._settings: dict[tuple[str, Tasks], tuple[float, int]] = {}
         self.tried: list[dict[str, Any]] = []
         self.away: dict[Scoring, dict[tuple[str, str, str, int], Evaluation | Generation]] = {
@@ -90,22 +92,41 @@ class _Grid:
                 "options"
             )
 
-    def ground(self, seed: int) -> Ground:
-        """Return the ground of one seed; data and tokens are read once."""
-        if seed not in self._grounds:
+    def ground(self, seed: int, method: MatrixMethod | None = None) -> Ground:
+        """Return the ground of one seed; data and tokens are read once.
+
+        Args:
+            seed: of the run.
+            method: a row that may have a warm-up of its own; None for the section warmup.
+        """
+        own = None if method is None else method.warmup
+        key = seed, "" if own is None or method is None else method.name
+        if key not in self._grounds:
+            recipe, rows = self.recipe, [m for m in self.methods if m.warmup is None]
+            if own is not None and method is not None:
+                recipe, rows = recipe.model_copy(update={"warmup": own}), [method]
+            matrix = self.matrix.model_copy(update={"methods": rows})
+            grid = recipe.model_copy(update={"matrix": matrix})
             # Checked already: without the matrix some of it would seem to be for nothing.
-            recipe = self.recipe.model_copy(update={"seed": seed, "matrix": None})
+            alone = recipe.model_copy(update={"seed": seed, "matrix": None})
             ground = Ground(
-                recipe, self.out, shared=self.out / "shared", tasks=None,
-                progress=self.progress, checkpoint_epochs=checkpoint_epochs(self.recipe),
-                asked=self.recipe,
+                alone, self.out, shared=self.out / "shared", tasks=None,
+                progress=self.progress, checkpoint_epochs=checkpoint_epochs(grid), asked=grid,
             )  # fmt: skip
             if self._grounds:
                 ground.borrow(next(iter(self._grounds.values())))
             elif self.matrix.tune is not None:
                 self._hold_aside(ground)
-            self._grounds[seed] = ground
-        return self._grounds[seed]
+            self._grounds[key] = ground
+        return self._grounds[key]
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """What was worked once for many, by seed, and by row where it has a warm-up of its own."""
+        return {
+            f"{seed} {name}".strip(): dict(ground.costs)
+            for (seed, name), ground in self._grounds.items()
+        }
 
     def _hold_aside(self, ground: Ground) -> None:
         """Take half of each task's targets out of the selection, to choose settings by."""
@@ -128,9 +149,10 @@ class _Grid:
 
     def release(self, seed: int) -> None:
         """Let go of the evidence of a seed whose cells are done; it lies on disk."""
-        ground = self.ground(seed)
-        ground.stored = ground.states = None
-        ground.passes.clear()
+        for (own, _), ground in self._grounds.items():
+            if own == seed:
+                ground.stored = ground.states = None
+                ground.passes.clear()
 
     @property
     def groups(self) -> list[Tasks]:
@@ -150,6 +172,8 @@ class _Grid:
         if method.tune is not None:
             own = method.tune
             changes |= {"method": own.method, "options": own.options}
+            if own.reselect_every is not None:
+                changes["reselect_every"] = own.reselect_every
             # A row that trains something of its own does so alone.
             if own.adapter is not None or own.weights is not None:
                 changes |= {"adapter": own.adapter, "weights": own.weights}
@@ -157,15 +181,19 @@ class _Grid:
                 changes |= {"tokens": own.tokens}
         return self.recipe.tune.model_copy(update=changes)
 
-    def select(self, method: MatrixMethod, tasks: Tasks, seed: int) -> Selection:
-        """Return what a method chooses for some tasks together."""
-        ground = self.ground(seed)
+    def select(
+        self, method: MatrixMethod, tasks: Tasks, seed: int
+    ) -> tuple[Selection, Source | None]:
+        """Return what a method chooses for some tasks together, and what it chooses by."""
+        ground = self.ground(seed, method)
         if method.method == FULL:
             whole = control_selection(ground, FULL)
-            return self._own(whole, tasks) if self.transfers else whole
+            return (self._own(whole, tasks) if self.transfers else whole), None
         ground.focus(tasks)
         scores = score_pool(ground, method.method, dict(method.options))
-        return choose(ground, scores, "", quotas=self._quotas(tasks) if self.transfers else None)
+        quotas = self._quotas(tasks) if self.transfers else None
+        source = source_of(ground, method.method, method.options, scores=scores, quotas=quotas)
+        return choose(ground, scores, "", quotas=quotas), source
 
     @property
     def transfers(self) -> bool:
@@ -218,10 +246,11 @@ class _Grid:
         label: str,
     ) -> tuple[Selection, TunedArm]:
         """Select and tune with one setting; equal work is found, not repeated."""
-        ground = self.ground(seed)
-        selection = self.select(method, tasks, seed)
+        ground = self.ground(seed, method)
+        selection, source = self.select(method, tasks, seed)
         ground.focus(tasks)
-        arm = tune_arm(ground, label, selection, tuning=self.tuning(method, *setting))
+        tuning = self.tuning(method, *setting)
+        arm = tune_arm(ground, label, selection, tuning=tuning, source=source)
         # With Adam's state they weigh several times what they led to, and nothing resumes any more.
         for checkpoint in arm.path.parent.glob("checkpoint-*"):
             remove(checkpoint)
@@ -292,7 +321,7 @@ class _Grid:
         setting = self.setting(method, tasks)
         label = " ".join([method.name, *(tasks if len(tasks) == 1 else ()), f"seed {seed}"])
         selection, arm = self.train(method, tasks, seed, setting, label)
-        ground = self.ground(seed)
+        ground = self.ground(seed, method)
         prepared, load = ground.prepared, once(ground, arm.path)
         tested = self.tested(tasks)
         questions = {task: prepared.heldout[task] for task in tested}
@@ -311,7 +340,8 @@ class _Grid:
         seconds = arm.result.seconds / arm.result.n_steps
         about = {"method": method.name, "tasks": tasks, "seed": seed, "learning_rate": rate,
                  "epochs": epochs, "n_examples": arm.n_examples, "seconds_per_step": seconds,
-                 "selection": digest({"ids": selection.ids})}  # fmt: skip
+                 "selection": digest({"ids": selection.ids}),
+                 "reselected": [asdict(refresh) for refresh in arm.refreshes]}  # fmt: skip
         folder = cell_folder(self.out, method.name, tasks, seed)
         alone = replay(
             self.recipe, folder, method, tasks=tasks, tested=tested, seed=seed, setting=setting
@@ -346,6 +376,7 @@ class _Grid:
                 1, epochs_run(ground)
             )
         costs = ground.costs
+        steps += [step for step in costs if re.fullmatch(rf"refresh \d+ {re.escape(label)}", step)]
         return float(sum(costs[s]["seconds"] * share.get(s, 1.0) for s in steps if s in costs))
 
     def _keep(
@@ -495,7 +526,7 @@ def compare(
                     cells[task, method.name, seed] = cell
                     progress.note(_progress_line(cells, task, method.name, seed, bases[task]))
             grid.release(seed)
-        costs = {str(seed): dict(grid.ground(seed).costs) for seed in matrix.seeds}
+        costs = grid.costs
         rows = make_rows(
             cells,
             bases,

@@ -15,6 +15,7 @@ from selectune.prices import Prices, choosing_seconds, n_answers, training_secon
 from selectune.recipe import MatrixMethod, TuneSection
 from selectune.recipe_methods import FULL
 from selectune.registry import get
+from selectune.reselection import n_rescored
 from selectune.scoring import evidence_steps
 from selectune.training.chosen import chosen_method
 from selectune.warmup import epochs_run
@@ -60,8 +61,9 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
     masks = {plans.mask_key(one): one for one in trainings.values()}
     seconds: dict[str, float] = {}
     n_passes = 0
+    n_warmups = len({str(one.method.warmup) for one in work})
     for step in plans.steps({one.method.name: one.method for one in work}.values()):
-        n = len(seeds) if step.startswith(_PER_SEED) else 1
+        n = len(seeds) * n_warmups if step.startswith(_PER_SEED) else 1
         seconds[step] = n * plans.step(step)
         n_passes += n * step.startswith("gradients")
     if choosing := sum(plans.choosing(one) for one in masks.values()):
@@ -130,7 +132,9 @@ class _Plans:
             )
         )
         where = one.tasks if depends else ()
-        return json.dumps([one.method.method, dict(one.method.options), where], sort_keys=True)
+        before = None if one.method.warmup is None else one.method.warmup.model_dump()
+        told = [one.method.method, dict(one.method.options), before, where]
+        return json.dumps(told, sort_keys=True)
 
     def key(self, one: Work) -> str:
         method = chosen_method(one.tuning)
@@ -156,10 +160,11 @@ class _Plans:
         return n, n * sum(lengths) / max(1, len(lengths))
 
     def training(self, one: Work) -> float:
-        _, tokens = self.examples(one)
-        return training_seconds(
-            self.ground, one.tuning, self.outline(one.tuning), self.prices, tokens
-        )
+        n, tokens = self.examples(one)
+        found = self.outline(one.tuning)
+        seconds = training_seconds(self.ground, one.tuning, found, self.prices, tokens)
+        again = n_rescored(one.tuning, one.method.method, n, len(self.ground.tokens.pool))
+        return seconds + again * tokens / max(1, n) * self.prices.gradient(trains_weights=False)
 
     def choosing(self, one: Work) -> float:
         n, tokens = self.examples(one)

@@ -33,6 +33,8 @@ from selectune.progress import Progress
 from selectune.recipe import Recipe, TuneSection
 from selectune.training import TuneResult, tune
 from selectune.training.chosen import chosen_method
+from selectune.training.method import Method
+from selectune.training.tune import Phase
 
 
 class Ground:
@@ -214,6 +216,8 @@ class Ground:
         name: str,
         target: Sequence[Tokens] = (),
         stop_after_epochs: int | None = None,
+        method: Method | None = None,
+        phase: Phase | None = None,
     ) -> TuneResult:
         """Train a model on examples, resume, or read what is finished; told to the progress.
 
@@ -227,10 +231,13 @@ class Ground:
             name: of the arm.
             target: examples that stand for the task, for methods that look at them.
             stop_after_epochs: end there, whatever the schedule.
+            method: acts during training; None for the one that the options name.
+            phase: the part of a training that sees these examples; None for all of it.
         """
         step = options.batch_size * options.accumulation
         n_steps = (stop_after_epochs or options.epochs) * -(-len(items) // step)
-        method = chosen_method(options)
+        n_steps = (phase.end if phase else None) or n_steps
+        method = method or chosen_method(options)
         with self.progress.phase(name, n_steps, "steps") as advance:
 
             def log(line: dict[str, Any]) -> None:
@@ -257,6 +264,7 @@ class Ground:
                     method=method,
                     target=target,
                     stop_after_epochs=stop_after_epochs,
+                    phase=phase,
                 )
 
             try:

@@ -32,6 +32,7 @@ from selectune.prices import Prices, choosing_seconds, n_answers, training_secon
 from selectune.recipe import ModelSection, Recipe, TuneSection
 from selectune.recipe_methods import FULL, PLAIN
 from selectune.registry import Need, get
+from selectune.reselection import n_rescored
 from selectune.warmup import epochs_run, n_checkpoints
 
 _LIBRARIES_BYTES = 650 << 20  # resident after importing torch, transformers, peft and datasets
@@ -251,6 +252,9 @@ def _seconds(
     for arm, n in n_runs.items():
         how = tuning.plainly() if arm == PLAIN else tuning
         seconds[f"tune {arm}"] = training_seconds(ground, how, found, prices, n * mean)
+        method = recipe.score.method if arm == "selected" else arm
+        if again := n_rescored(how, method, n, len(pool)):
+            seconds[f"new selections for {arm}"] = again * mean * gradient
     limit = recipe.evaluate.limit
     answers = sum(n_answers(examples, limit) for examples in ground.prepared.heldout.values())
     seconds["evaluate"] = (len(n_runs) + 1) * answers * mean * prices.forward

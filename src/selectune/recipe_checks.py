@@ -55,6 +55,22 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 "weights names single weights of the base, and adapter.kind full trains all",
                 "remove one of the two",
             )
+        if section.reselect_every is not None:
+            if section.weights is not None:
+                add(
+                    (*path, "reselect_every"),
+                    "single weights cannot be trained on changing selections",
+                    "which weights train is read off the selection, once",
+                    "remove reselect_every, or train an adapter instead of weights",
+                )
+            if isinstance(recipe.select.budget, str):
+                add(
+                    (*path, "reselect_every"),
+                    "a new selection would have another number of examples",
+                    f"select.budget is {recipe.select.budget}, and one learning-rate schedule "
+                    "needs as many steps in each epoch",
+                    "give select.budget as a share or a count, or remove reselect_every",
+                )
         chosen = section.weights
         if chosen is None or chosen.form != "compose":
             continue
@@ -84,13 +100,38 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                     "remove model.quantization; in Python, a mask of the dense base trains beside "
                     'a quantised one: sparsify(..., form="compose", other_base=True)',
                 )
-    if recipe.model.adapter is not None and recipe.warmup != WarmupSection():
-        add(
-            ("warmup",),
-            "the warm-up would not be used",
-            "model.adapter names the adapter at which gradients are taken",
-            "remove the section warmup, or remove model.adapter",
-        )
+    for path, warmup in _warmups(recipe):
+        if recipe.model.adapter is not None and warmup != WarmupSection():
+            add(
+                path,
+                "the warm-up would not be used",
+                "model.adapter names the adapter at which gradients are taken",
+                "remove the section warmup, or remove model.adapter",
+            )
+        if warmup.epochs > warmup.schedule_epochs:
+            add(
+                (*path, "epochs"),
+                f"warmup.epochs is {warmup.epochs}, past the end of the schedule",
+                f"warmup.schedule_epochs is {warmup.schedule_epochs}",
+                "make warmup.schedule_epochs at least warmup.epochs",
+            )
+        if warmup.until == "overlap":
+            if warmup.epochs == 0:
+                add(
+                    (*path, "until"),
+                    "there is no warm-up to end early",
+                    "warmup.epochs is 0, and until: overlap runs at most these",
+                    "raise warmup.epochs to the most that you would wait for",
+                )
+            continue
+        for key in ("overlap", "overlap_times", "overlap_every"):
+            if getattr(warmup, key) != WarmupSection.model_fields[key].default:
+                add(
+                    (*path, key),
+                    f"warmup.{key} would not be used",
+                    "warmup.until is epochs",
+                    f"write until: overlap, or remove {key}",
+                )
     shorter = recipe.score.max_length
     if shorter is not None and shorter > recipe.data.max_length:
         add(
@@ -98,13 +139,6 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             f"score.max_length is {shorter}, longer than any example",
             f"data.max_length is {recipe.data.max_length}, and the rest is cut off before",
             "lower score.max_length, or remove it",
-        )
-    if recipe.warmup.epochs > recipe.warmup.schedule_epochs:
-        add(
-            ("warmup", "epochs"),
-            f"warmup.epochs is {recipe.warmup.epochs}, past the end of the schedule",
-            f"warmup.schedule_epochs is {recipe.warmup.schedule_epochs}",
-            "make warmup.schedule_epochs at least warmup.epochs",
         )
     for source, (least, most) in recipe.select.quotas.items():
         if not 0 <= least <= most <= 1:
@@ -121,7 +155,11 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             "they are shares of one selection",
             "lower some of them",
         )
-    is_plain = recipe.tune.method == PLAIN and recipe.tune.tokens is None
+    is_plain = (
+        recipe.tune.method == PLAIN
+        and recipe.tune.tokens is None
+        and recipe.tune.reselect_every is None
+    )
     if PLAIN in recipe.tune.controls and is_plain:
         add(
             ("tune", "controls", recipe.tune.controls.index(PLAIN)),
@@ -201,6 +239,14 @@ def _trainings(recipe: "Recipe") -> list[tuple[words.Path, TuneSection | TuneCho
     for i, row in enumerate(recipe.matrix.methods if recipe.matrix else ()):
         if not isinstance(row, str) and row.tune is not None:
             found.append((("matrix", "methods", i, "tune"), row.tune))
+    return found
+
+
+def _warmups(recipe: "Recipe") -> list[tuple[words.Path, WarmupSection]]:
+    found: list[tuple[words.Path, WarmupSection]] = [(("warmup",), recipe.warmup)]
+    for i, row in enumerate(recipe.matrix.methods if recipe.matrix else ()):
+        if not isinstance(row, str) and row.warmup is not None:
+            found.append((("matrix", "methods", i, "warmup"), row.warmup))
     return found
 
 

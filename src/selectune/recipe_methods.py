@@ -10,7 +10,12 @@ from selectune.recipe_file import Tree
 
 if TYPE_CHECKING:
     from selectune.recipe import Recipe
-    from selectune.recipe_sections import EmulateSection, TuneChoice, TuneSection
+    from selectune.recipe_sections import (
+        EmulateSection,
+        TuneChoice,
+        TuneSection,
+        WarmupSection,
+    )
 
 FULL = "full"  # the whole pool, where a scorer could be named
 PLAIN = "plain"  # no method, where a training method could be named
@@ -37,7 +42,7 @@ def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
         found += _scorer((*path, "method"), row.method, row.options, tree)
         if row.tune is not None:
             found += _training((*path, "tune"), row.tune, tree)
-    return found or _unused_economy(recipe, tree)
+    return found or [*_unused_economy(recipe, tree), *_unsuited(recipe, tree)]
 
 
 def _unused_economy(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
@@ -64,6 +69,62 @@ def _unused_economy(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
         )
         for key in given
     ]
+
+
+def _unsuited(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
+    """Return the scorers that do not go with how the recipe warms up or chooses anew."""
+    stays = [
+        ConfigError(
+            f"{name} would choose the same examples again",
+            where=tree.where(path),
+            why="it does not look at the gradients of the model that trains",
+            do="use gist, grad_cosine or another scorer of gradients, or remove "
+            "tune.reselect_every",
+        )
+        for path, name in _reselecting(recipe)
+        if "gradients" not in registry.get("data_scorer", name).needs
+    ]
+    return stays + [
+        ConfigError(
+            f"{name} needs a warm-up of a fixed length",
+            where=tree.where(path),
+            why="it reads the end of every epoch, and warmup.until: overlap may end the warm-up "
+            "within one",
+            do="write warmup.until: epochs, or use gist",
+        )
+        for path, name, warmup in _scored(recipe)
+        if warmup.until == "overlap" and "checkpoints" in registry.get("data_scorer", name).needs
+    ]
+
+
+def _reselecting(recipe: "Recipe") -> "list[tuple[words.Path, str]]":
+    """Return the place and name of every scorer that is told to choose anew."""
+    found: list[tuple[words.Path, str]] = []
+    if recipe.matrix is None and recipe.tune.reselect_every is not None:
+        found.append((("tune", "reselect_every"), recipe.score.method))
+    for i, row in enumerate(recipe.matrix.methods if recipe.matrix else ()):
+        if not isinstance(row, str) and row.tune and row.tune.reselect_every is not None:
+            path: words.Path = ("matrix", "methods", i, "tune", "reselect_every")
+            found.append((path, row.method))
+    return [one for one in found if one[1] != FULL]
+
+
+def _scored(recipe: "Recipe") -> "list[tuple[words.Path, str, WarmupSection]]":
+    """Return the place and name of every scorer, with the warm-up before it."""
+    found: list[tuple[words.Path, str, WarmupSection]] = []
+    if recipe.matrix is None:
+        found.append((("score", "method"), recipe.score.method, recipe.warmup))
+        found += [
+            (("tune", "controls", i), name, recipe.warmup)
+            for i, name in enumerate(recipe.tune.controls)
+        ]
+    for i, row in enumerate(recipe.matrix.methods if recipe.matrix else ()):
+        path: words.Path = ("matrix", "methods", i)
+        if isinstance(row, str):
+            found.append((path, row, recipe.warmup))
+        else:
+            found.append((path, row.method, row.warmup or recipe.warmup))
+    return [one for one in found if one[1] not in (FULL, PLAIN)]
 
 
 def unknown_compressor(section: "EmulateSection", tree: Tree) -> list[ConfigError]:

@@ -16,6 +16,7 @@ ByName = Annotated[dict[Text, Text], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Steps = Count | Annotated[float, Field(gt=0, lt=1)]  # a number, or a share of all
 NotNegative = Annotated[float, Field(ge=0)]
 TokenCount = Annotated[
     str, StringConstraints(pattern=r"^[1-9][0-9]{0,11} tokens$"), Like("20000 tokens")
@@ -23,7 +24,7 @@ TokenCount = Annotated[
 TopLayers = Annotated[
     str, StringConstraints(pattern=r"^top:([1-9][0-9]{0,3}|[1-9][0-9]?%)$"), Like("top:8")
 ]
-RANK_RULE = r"^(energy:(0?\.\d+|1(\.0*)?)|loo|full)$"
+RANK_RULE = r"^((energy|split):(0?\.\d+|1(\.0*)?)|loo|gap|full)$"
 SEED_LIMIT = 2**31  # numpy's legacy generators and transformers' set_seed take no more
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 
@@ -210,6 +211,22 @@ class WarmupSection(Section):
         default=4,
         description="length of the learning-rate schedule, of which warmup.epochs are run",
     )
+    until: Literal["epochs", "overlap"] = Field(
+        default="epochs",
+        description="epochs: all of warmup.epochs; overlap: at most these, and no longer than the "
+        "space of the target gradients moves",
+    )
+    overlap: Share = Field(
+        default=0.9,
+        description="until overlap: how much of their space two checks have in common where it "
+        "counts as resting; 1 is all",
+    )
+    overlap_times: Count = Field(
+        default=2, description="until overlap: as many such overlaps in a row end the warm-up"
+    )
+    overlap_every: Count = Field(
+        default=50, description="until overlap: steps between two checks, on targets only"
+    )
 
 
 class ScoreSection(Section):
@@ -374,9 +391,18 @@ class TuneSection(Section):
         description="train on some loss tokens of an example only; null: on all of them",
     )
 
+    reselect_every: Steps | None = Field(
+        default=None,
+        description="choose anew after every so many steps, or every such share of the training: "
+        "gradients of the targets and of a shortlist, four times the selection, are taken at the "
+        "model as it is then, and training goes on with what scores best; for scorers of "
+        "gradients, such as gist; null: the selection stays",
+    )
+
     def plainly(self) -> "TuneSection":
-        """Return the same training without a method, on all tokens."""
-        return self.model_copy(update={"method": PLAIN, "options": {}, "tokens": None})
+        """Return the same training without a method, on all tokens of one selection to the end."""
+        changes = {"method": PLAIN, "options": {}, "tokens": None, "reselect_every": None}
+        return self.model_copy(update=changes)
 
     def of_section_adapter(self) -> "TuneSection":
         """Return the plain training of what gradients are taken with."""
@@ -421,6 +447,9 @@ class TuneChoice(Section):
         exclude_if=_is_null,
         description="loss tokens that this row trains on; null: tune.tokens",
     )
+    reselect_every: Steps | None = Field(
+        default=None, description="when this row chooses anew; null: tune.reselect_every"
+    )
 
 
 class MatrixMethod(Section):
@@ -436,6 +465,11 @@ class MatrixMethod(Section):
     tune: TuneChoice | None = Field(
         default=None,
         description="training method of this row alone; null: tune.method, as for the others",
+    )
+    warmup: WarmupSection | None = Field(
+        default=None,
+        description="warm-up before this row's gradients alone; null: the section warmup, which "
+        "serves all others together",
     )
 
 

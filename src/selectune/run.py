@@ -7,6 +7,7 @@ run.json. The same command again goes on where the last one stopped.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from selectune.arms import (
     TunedArm,
     choose,
     control_selection,
+    source_of,
     tune_arm,
 )
 from selectune.economy import told_fast
@@ -59,6 +61,7 @@ from selectune.recipe_methods import PLAIN
 from selectune.record import Record
 from selectune.registry import get
 from selectune.report import write_report
+from selectune.reselection import Source
 from selectune.scoring import score_pool, share_passes, shares_passes
 from selectune.selection import Scores, Selection
 from selectune.story import tell
@@ -362,7 +365,8 @@ class Run:
                 "adapter": recipe.adapter.model_dump(mode="json"),
                 "warmup": recipe.warmup.model_dump(mode="json"),
                 "tune": recipe.tune.model_dump(
-                    mode="json", exclude={"controls", "method", "options", "tokens"}
+                    mode="json",
+                    exclude={"controls", "method", "options", "tokens", "reselect_every"},
                 ),
                 "score": recipe.score.model_dump(mode="json"),
                 "data": [recipe.data.max_length, recipe.data.loss_on],
@@ -475,15 +479,17 @@ class Run:
 
     def _tuned_arms(self) -> list[TunedArm]:
         selection = self._ensure_selection()
-        tuning = self.recipe.tune
+        tuning, section = self.recipe.tune, self.recipe.score
         if tuning.tokens is not None:
             self._ensure_tokens("loss", ())
-        arms = [tune_arm(self.ground, SELECTED, selection)]
+        source = self._source(section.method, section.options, self._ensure_scores())
+        arms = [tune_arm(self.ground, SELECTED, selection, source=source)]
         for name in tuning.controls:
             is_plain = name == PLAIN
             ids = selection if is_plain else control_selection(self.ground, name)
             how = tuning.plainly() if is_plain else tuning
-            arms.append(tune_arm(self.ground, name, ids, tuning=how))
+            source = None if is_plain else self._source(name, {})
+            arms.append(tune_arm(self.ground, name, ids, tuning=how, source=source))
         lines = [line for arm in arms for line in _metrics(arm)]
         write_file(self.out / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
         facts = {
@@ -493,6 +499,7 @@ class Run:
                 "n_steps": arm.result.n_steps,
                 "n_trainable": arm.result.n_trainable,
                 "n_moved": arm.result.n_moved,
+                **({"reselected": list(map(asdict, arm.refreshes))} if arm.refreshes else {}),
             }
             for arm in arms
         }
@@ -507,6 +514,13 @@ class Run:
         )  # fmt: skip
         self._write_plugin(arms[0])
         return arms
+
+    def _source(
+        self, name: str, options: Mapping[str, Any], scores: Scores | None = None
+    ) -> Source | None:
+        if self.recipe.tune.reselect_every is None:
+            return None
+        return source_of(self.ground, name, options, scores=scores)
 
     def _write_plugin(self, arm: TunedArm) -> None:
         """Write what an emulator's owner takes back, and nothing else; with other bases nothing."""

@@ -15,6 +15,7 @@ from selectune.data import Tokens
 from selectune.economy import Economy, economy_of, only_layers, probe_of, told_fast
 from selectune.errors import IncompatibleRunError, SelectionError
 from selectune.files import open_dir, staged
+from selectune.files.disk import remove
 from selectune.gradients.adam import Moments, adam_steps
 from selectune.gradients.engine import GradientEngine, pool_losses
 from selectune.gradients.facts import CheckpointFacts, StateFacts
@@ -539,6 +540,56 @@ def _probed(
             for t in ground.tasks
         }
     return _joined({task: _score_task(entry, e, options, task) for task, e in by_task.items()})
+
+
+def score_shortlist(
+    ground: Ground,
+    name: str,
+    options: dict[str, object],
+    *,
+    base: Base,
+    model: nn.Module,
+    tokens: Sequence[Tokens],
+    path: Path,
+    made_from: str,
+) -> Scores:
+    """Score some examples by their gradients at a model as it is now, for every task of the run.
+
+    Args:
+        ground: of the run.
+        name: of a scorer that reads gradients.
+        options: its options.
+        base: the model's base.
+        model: whatever is trainable in it counts.
+        tokens: the examples.
+        path: of the gradient pass, which resumes by shard.
+        made_from: fingerprint of what led to the model.
+
+    Raises:
+        SelectionError: the scorer cannot say anything with these targets.
+    """
+    entry = get("data_scorer", name)
+    parsed = entry.parse(options)
+    section = ground.recipe.score
+    store = GradientStore(path, {"made_from": made_from, "model": trainable_fingerprint(model)})
+    if store.is_stale():
+        remove(path)
+    stored = store.compute(
+        GradientEngine(model, precision=base.precision),
+        tokens,
+        targets(ground),
+        pad_id=base.pad_id,
+        token_budget=section.token_budget,
+        shard_examples=section.shard_examples,
+        progress=ground.progress,
+    )
+    evidence = Evidence(stored.ids, stored.n_target_tokens, seed=ground.recipe.seed)
+    return _joined(
+        {
+            task: _score_task(entry, replace(evidence, gradients=facts), parsed, task)
+            for task, facts in ((task, stored.of_task(task)) for task in ground.tasks)
+        }
+    )
 
 
 def _refuse_other_pool(stored: StoredPool, evidence: Evidence) -> None:

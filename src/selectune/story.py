@@ -77,6 +77,8 @@ def tell(
             "budget": str(recipe.select.budget),
             "seed": str(recipe.seed),
             **({"gradients": told_fast(scores.about["fast"])} if "fast" in scores.about else {}),
+            **_warmup_told(ground),
+            **_refreshes_told(arms),
         },
         method=scores.method,
         method_summary=entry.summary,
@@ -98,6 +100,25 @@ def tell(
         warnings=[*_warnings(ground, scores, selection)],
         run=run,
     )
+
+
+def _warmup_told(ground: Ground) -> dict[str, str]:
+    cost = ground.costs.get("warmup", {})
+    if "overlaps" not in cost:
+        return {}
+    overlaps = ", ".join(f"{value:.2f}" for value in cost["overlaps"]) or "not yet known"
+    return {"warm-up": f"{cost['n_steps']} steps; overlap of target spaces {overlaps}"}
+
+
+def _refreshes_told(arms: Sequence[TunedArm]) -> dict[str, str]:
+    return {
+        f"chosen anew for {arm.name}": "; ".join(
+            f"after step {r.step}, {r.n_new} of {r.n} new, from a shortlist of {r.n_shortlist}"
+            for r in arm.refreshes
+        )
+        for arm in arms
+        if arm.refreshes
+    }
 
 
 def _by_task(scores: Scores) -> dict[str, np.ndarray]:

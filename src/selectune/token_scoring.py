@@ -204,6 +204,7 @@ class _Pass:
                 self._engine,
                 self._targets,
                 rule=self._rule,
+                seed=self._ground.recipe.seed,
                 file=self._path / "directions.bin",
                 pad_id=self._base.pad_id,
                 token_budget=self._ground.recipe.score.token_budget,

@@ -6,6 +6,7 @@ adapter (`model.adapter`) brings checkpoints instead.
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from selectune.recipe import Recipe
 from selectune.recipe_methods import FULL, PLAIN
 from selectune.registry import Entry, get
 from selectune.training.checkpoints import KIND
+from selectune.training.overlap import UntilOverlap
 from selectune.training.trainer_folder import (
     TrainerCheckpoint,
     checkpoint_folders,
@@ -225,6 +227,9 @@ def warm_up(ground: Ground, base: Base) -> Warmed:
             "warmup": recipe.warmup.model_dump(),
             "pool": ground.tokens.fingerprint,
             "seed": recipe.seed,
+            "tasks": None
+            if recipe.warmup.until == "epochs"
+            else {task: len(tokens) for task, tokens in ground.tokens.targets.items()},
         }
     )
     path = ground.place("warmup", "warmup", digest({"w": fingerprint, "t": options.model_dump()}))
@@ -241,11 +246,33 @@ def warm_up(ground: Ground, base: Base) -> Warmed:
             path=path,
             fingerprint=fingerprint,
             name="warm-up",
+            target=[t for tokens in ground.tokens.targets.values() for t in tokens],
             stop_after_epochs=n_epochs,
+            method=_until_overlap(ground, path / "directions"),
         )
+        shutil.rmtree(path / "directions", ignore_errors=True)
         kill_point(KillPoint.WARMUP_DONE)
     ground.costs["warmup"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
+    if result.records:
+        found = [
+            facts["overlap"] for _, facts in result.records if facts.get("overlap") is not None
+        ]
+        ground.costs["warmup"] |= {"n_steps": result.n_steps, "overlaps": found}
     return Warmed(model, trainer_checkpoints(path) if keeps else [], is_ours=True)
+
+
+def _until_overlap(ground: Ground, folder: Path) -> UntilOverlap | None:
+    """Return what ends the warm-up early, None where it has a fixed length."""
+    section = ground.recipe.warmup
+    if section.until == "epochs":
+        return None
+    return UntilOverlap(
+        every=section.overlap_every,
+        above=section.overlap,
+        times=section.overlap_times,
+        tasks=tuple(task for task, tokens in ground.tokens.targets.items() for _ in tokens),
+        folder=folder,
+    )
 
 
 def _lacks_checkpoints(path: Path, n_steps: int, n_epochs: int) -> bool:

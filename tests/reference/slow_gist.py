@@ -1,5 +1,6 @@
 """GIST by explicit vectors: dense SVD in fp64 and plain loops, close to the paper's text."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -56,3 +57,46 @@ def slow_gist(
         scores.append(max(slow_cosine(x, c) for c in coordinates))
         energies.append(math.sqrt(float(x @ x)) / math.sqrt(float(g @ g)))
     return scores, energies, r
+
+
+def slow_rank_by_gap(singular: np.ndarray) -> int:
+    """Return the rank before the largest ratio of neighbours, among 2 to half of them."""
+    sound = [float(s) for s in singular if s > 1e-4 * singular[0]]
+    best, largest = len(sound), 0.0
+    for r in range(2, len(sound) // 2 + 1):
+        ratio = sound[r - 1] ** 2 / sound[r] ** 2
+        if ratio > largest:
+            best, largest = r, ratio
+    return best
+
+
+def slow_rank_by_split(targets: np.ndarray, ids: list[str], share: float, seed: int) -> int:
+    """Return the smallest rank with a share of what one half holds of the other, on average."""
+
+    def draw(k: int, target: str) -> str:
+        return hashlib.sha256(f"halves:{seed}:{k}:{target}".encode()).hexdigest()
+
+    n = len(ids)
+    held = [0.0] * (n - n // 2 + 1)
+    for k in range(20):
+        order = sorted(ids, key=lambda target: draw(k, target))
+        for mine in (order[: n // 2], order[n // 2 :]):
+            V = np.stack([targets[ids.index(t)] for t in mine]).astype(np.float64)
+            others = [targets[ids.index(t)].astype(np.float64) for t in ids if t not in mine]
+            P, singular, _ = np.linalg.svd(V.T, full_matrices=False)
+            n_sound = sum(s > 1e-4 * singular[0] for s in singular)
+            energy = sum(float(v @ v) for v in others)
+            for r in range(1, len(held)):
+                space = P[:, : min(r, n_sound)]
+                held[r] += sum(float(np.sum((space.T @ v) ** 2)) for v in others) / energy
+    return next(r for r in range(1, len(held)) if held[r] >= share * held[-1] * (1 - 1e-12))
+
+
+def slow_overlap(one: np.ndarray, other: np.ndarray, share: float) -> float:
+    """Return ||P_1^T P_2||_F^2 / max(r_1, r_2) of two sets of target gradients, one row each."""
+    spaces: list[np.ndarray] = []
+    for targets in (one, other):
+        P, singular, _ = np.linalg.svd(targets.T.astype(np.float64), full_matrices=False)
+        spaces.append(P[:, : slow_rank(singular, share)])
+    both = spaces[0].T @ spaces[1]
+    return float(np.sum(both**2)) / max(P.shape[1] for P in spaces)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import loop_gradients
-from slow_gist import slow_gist
+from slow_gist import slow_gist, slow_overlap, slow_rank_by_gap, slow_rank_by_split
 from tiny import tiny_tokens, tiny_trainable
 
 from selectune.data import Tokens
@@ -16,7 +16,14 @@ from selectune.errors import SelectionError
 from selectune.gradients.engine import GradientEngine
 from selectune.gradients.facts import GradientFacts
 from selectune.gradients.store import GradientStore, StoredPool, Target
-from selectune.gradients.subspace import rank_left_out, spectrum
+from selectune.gradients.subspace import (
+    overlap,
+    rank_by_energy,
+    rank_by_gap,
+    rank_by_split,
+    rank_left_out,
+    spectrum,
+)
 from selectune.methods.data.gist import GistOptions
 from selectune.methods.data.gist import score as gist
 from selectune.methods.evidence import Evidence
@@ -149,6 +156,76 @@ def test_leaving_targets_out_finds_the_true_rank() -> None:
     basis = rng.normal(size=(12, 4000))
     targets = rng.normal(size=(57, 12)) @ basis + 1.0 * rng.normal(size=(57, 4000))
     assert rank_left_out(targets @ targets.T) == 12
+
+
+def noisy(noise: float, seed: int = 1, n_true: int = 12, m: int = 57) -> np.ndarray:
+    """Return target gradients that share `n_true` directions, with noise of their own."""
+    rng = np.random.default_rng(seed)
+    basis = rng.normal(size=(n_true, 4000))
+    return rng.normal(size=(m, n_true)) @ basis + noise * rng.normal(size=(m, 4000))
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
+def test_gap_and_split_find_the_true_rank_where_the_energy_rule_counts_noise(noise: float) -> None:
+    targets = noisy(noise)
+    K = targets @ targets.T
+    ids = [f"t{j}" for j in range(len(K))]
+    assert rank_by_gap(spectrum(K)) == 12
+    assert 10 <= rank_by_split(K, ids, 0.95) <= 12
+    assert rank_by_split(K, ids, 0.99) == 12
+    if noise == 3.0:
+        assert rank_by_energy(spectrum(K), 0.95) > 30
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("m", [2, 3, 4, 5, 9])
+def test_gap_and_split_equal_their_twins(m: int, seed: int) -> None:
+    _, targets = synthetic(m=m, seed=seed)
+    ids = [f"t{j}" for j in range(m)]
+    K = targets @ targets.T
+    singular = np.linalg.svd(targets, compute_uv=False)
+    assert rank_by_gap(spectrum(K)) == slow_rank_by_gap(singular)
+    if m < 4:
+        return
+    for share in (0.5, 0.8, 0.95, 1.0):
+        expected = slow_rank_by_split(targets, ids, share, seed)
+        assert rank_by_split(K, ids, share, seed=seed) == expected
+
+
+def test_halves_depend_on_ids_and_seed_and_not_on_order() -> None:
+    targets = noisy(8.0, m=24)
+    ids = [f"t{j}" for j in range(24)]
+    K = targets @ targets.T
+    order = np.random.default_rng(0).permutation(24)
+    shuffled = rank_by_split(K[np.ix_(order, order)], [ids[j] for j in order], 0.9)
+    assert shuffled == rank_by_split(K, ids, 0.9)
+    found = {rank_by_split(K, ids, 0.9, seed=seed) for seed in range(6)}
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize("rank", ["gap", "split:0.95"])
+def test_few_targets_are_taken_whole_by_gap_and_split(rank: str) -> None:
+    pool, targets = synthetic(m=3)
+    assert gist(facts_of(pool, targets), GistOptions(rank=rank)).about["rank"] == 3
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+def test_overlap_equals_the_twin(share: float) -> None:
+    _, one = synthetic(seed=0)
+    other = one + 2.0 * np.random.default_rng(5).normal(size=one.shape)
+    spaces = spectrum(one @ one.T), spectrum(other @ other.T)
+    ranks = rank_by_energy(spaces[0], share), rank_by_energy(spaces[1], share)
+    found = overlap(*spaces, one @ other.T, ranks)
+    assert found == pytest.approx(slow_overlap(one, other, share), rel=1e-6)
+    assert 0.1 < found < 0.95
+
+
+def test_overlap_of_equal_nested_and_orthogonal_spaces() -> None:
+    e = np.eye(6)
+    one, turned = e[:2], np.array([[1.0, 1.0], [1.0, -3.0]]) @ e[:2]
+    for other, ranks, expected in [(turned, (2, 2), 1.0), (e[:4], (2, 4), 0.5), (e[4:], (2, 2), 0)]:
+        found = overlap(spectrum(one @ one.T), spectrum(other @ other.T), one @ other.T, ranks)
+        assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_repeated_and_null_targets_fall_below_the_floor() -> None:

@@ -26,7 +26,8 @@ GRID = (
     SMALL
     + "tune: {adapter: {}, weights: {}, tokens: {}}\n"
     + "matrix:\n  methods:\n  - gist\n"
-    + "  - {name: mine, method: gist, tune: {method: gast, adapter: {}, weights: {}, tokens: {}}}\n"
+    + "  - {name: mine, method: gist, warmup: {},\n"
+    + "     tune: {method: gast, adapter: {}, weights: {}, tokens: {}}}\n"
     + "  tune: {epochs: [1]}\n"
 )
 ANY_FOLDER = [HealthCheck.function_scoped_fixture]

@@ -63,6 +63,10 @@ class Directions:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         os.close(self._file)
 
     def write(self, name: str, first: int, G: Float[Tensor, "k ..."]) -> None:
@@ -95,6 +99,15 @@ class Directions:
             for columns in V.split(1 << 16, dim=1):
                 part = columns.double()
                 total += part @ part.mT
+        return total.cpu()
+
+    def cross(self, other: "Directions") -> Float[Tensor, "m n"]:
+        """Return V W^T over all parameters, in fp64, with W a matrix of the same parameters."""
+        total = torch.zeros(self._m, other._m, dtype=torch.float64, device=self._device)
+        for name in self._sizes:
+            V, W = self.read(name).split(1 << 16, dim=1), other.read(name).split(1 << 16, dim=1)
+            for mine, theirs in zip(V, W, strict=True):
+                total += mine.double() @ theirs.double().mT
         return total.cpu()
 
     def sync(self) -> None:

@@ -27,6 +27,7 @@ def target_nll(
     Args:
         model: as `token_nll` takes it.
         batch: on the model's device; a label at position 0 is ignored, as nothing predicts it.
+        draws: as `token_nll` takes them; None for the batch's own labels.
 
     Returns:
         Nats, summed in fp32 (fp64 for an fp64 model) and differentiable; counts of target tokens.
@@ -35,11 +36,13 @@ def target_nll(
         DataError: an example has no target token, so its loss is undefined.
         CoverageError: the model returns logits that do not line up with its input tokens.
     """
-    nats, is_real = token_nll(model, batch)
+    nats, is_real = token_nll(model, batch, draws)
     return nats.sum(1), is_real.sum(1)
 
 
-def token_nll(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "n k"], Bool[Tensor, "n k"]]:
+def token_nll(
+    model: nn.Module, batch: Batch, draws: Float[Tensor, "n t"] | None = None
+) -> tuple[Float[Tensor, "n k"], Bool[Tensor, "n k"]]:
     """Return the cross-entropy of each target token, in the order of an example's tokens.
 
     Padding may stand on either side: rows are moved to the left first, which leaves positions as

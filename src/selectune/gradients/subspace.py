@@ -5,6 +5,8 @@ P = V U_r diag(1/s_r); it is never formed. A pool example's coordinates are x = 
 from its dot products a_j = <g, v_j>, a target's are c_j = s_r * U[j, :r]. Float64 throughout.
 """
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,7 @@ from selectune.errors import SelectionError
 
 # Directions below this share of the largest singular value are rounding of fp32 dot products.
 _FLOOR = 1e-4
+_N_SPLITS = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,13 +77,22 @@ def rank_by_energy(directions: Spectrum, share: float) -> int:
     return min(int(np.searchsorted(directions.energy, share - 1e-12)) + 1, len(directions.s))
 
 
-def rank_of(rule: int | str, directions: Spectrum, gram: Float[np.ndarray, "m m"]) -> int:
+def rank_of(
+    rule: int | str,
+    directions: Spectrum,
+    gram: Float[np.ndarray, "m m"],
+    ids: Sequence[str],
+    *,
+    seed: int = 0,
+) -> int:
     """Return the rank that a rule gives, at most the number of sound directions.
 
     Args:
         rule: a number, or a word that `recipe_sections.RANK_RULE` takes, such as "energy:0.95".
         directions: of the targets.
-        gram: of the targets.
+        gram: inner products of the targets.
+        ids: of the targets, for rank "split".
+        seed: of its halves.
     """
     full = len(directions.s)
     match rule:
@@ -90,8 +102,15 @@ def rank_of(rule: int | str, directions: Spectrum, gram: Float[np.ndarray, "m m"
             return full
         case "loo":
             return min(rank_left_out(gram), full) if len(gram) > 2 else full
+        case "gap":
+            return rank_by_gap(directions)
         case str(word):
-            return rank_by_energy(directions, float(word.split(":")[1]))
+            name, share = word.split(":")
+            if name == "energy":
+                return rank_by_energy(directions, float(share))
+            if len(gram) < 4:
+                return full
+            return min(rank_by_split(gram, ids, float(share), seed=seed), full)
 
 
 def rank_left_out(gram: Float[np.ndarray, "m m"]) -> int:
@@ -114,3 +133,73 @@ def rank_left_out(gram: Float[np.ndarray, "m m"]) -> int:
     error = held.std(0, ddof=1) / np.sqrt(m) if m > 1 else np.zeros(m - 1)
     best = int(mean.argmax())
     return int(np.argmax(mean >= mean[best] - error[best])) + 1
+
+
+def rank_by_gap(directions: Spectrum) -> int:
+    """Return the rank before the largest relative gap between neighbouring eigenvalues.
+
+    That is the r with the largest s_r / s_(r+1), the smallest such r where there are several. Only
+    ranks from 2 to half of the sound directions are looked at: at rank 1 every score is +1 or -1,
+    and the ratios of the last eigenvalues, which are all noise, are large by chance. With fewer
+    than 4 directions all of them are kept.
+
+    Source:
+        The eigenvalue ratio of Lam and Yao, "Factor modeling for high-dimensional time series",
+        Annals of Statistics 40 (2012), section 2.2, and its bound of half the dimensions.
+    """
+    most = len(directions.s) // 2
+    if most < 2:
+        return len(directions.s)
+    return int(np.argmax(directions.s[1:most] / directions.s[2 : most + 1])) + 2
+
+
+def rank_by_split(
+    gram: Float[np.ndarray, "m m"], ids: Sequence[str], share: float, *, seed: int = 0
+) -> int:
+    """Return the smallest rank with `share` of the energy that one half holds of the other.
+
+    The targets are halved at random, 20 times. The directions of each half are asked how much of
+    the other half's energy their first 1, 2, .. hold; what counts is the mean over all halves, as
+    a share of what all directions hold. Noise of single targets is in no other target, so the
+    directions that are noise add next to nothing. The result is at most half of the targets.
+
+    Args:
+        gram: inner products of the targets, 4 or more.
+        ids: of the targets; the halves depend on them and not on their order.
+        share: of the energy held.
+        seed: of the halves.
+    """
+    K = np.asarray(gram, np.float64)
+    half = len(K) // 2
+    held = np.zeros(len(K) - half)
+    for k in range(_N_SPLITS):
+        order = np.asarray(sorted(range(len(K)), key=lambda j: _drawn(seed, k, ids[j])))
+        for mine, others in ((order[:half], order[half:]), (order[half:], order[:half])):
+            directions = spectrum(K[np.ix_(mine, mine)])
+            x = directions.coordinates(K[np.ix_(others, mine)], len(directions.s))
+            found = np.cumsum((x**2).sum(0)) / np.trace(K[np.ix_(others, others)])
+            held += np.pad(found, (0, len(held) - len(found)), mode="edge")
+    return int(np.searchsorted(held / held[-1], share - 1e-12)) + 1
+
+
+def _drawn(seed: int, k: int, target: str) -> bytes:
+    return hashlib.sha256(f"halves:{seed}:{k}:{target}".encode()).digest()
+
+
+def overlap(
+    one: Spectrum, other: Spectrum, cross: Float[np.ndarray, "m n"], ranks: tuple[int, int]
+) -> float:
+    """Return how much of two spaces is common: 1 where they are equal, 0 where orthogonal.
+
+    That is ||P_1^T P_2||_F^2 / max(r_1, r_2), with P_1^T P_2 = diag(1/s_1) U_1^T C U_2 diag(1/s_2).
+
+    Args:
+        one: directions of the first target gradients.
+        other: directions of the second.
+        cross: C, inner products of the first with the second.
+        ranks: how many directions of each make up its space.
+    """
+    r_1, r_2 = ranks
+    x = one.coordinates(cross.T, r_1)  # P_1^T of the second gradients, one row each
+    common = (other.U[:, :r_2].T @ x) / other.s[:r_2, None]
+    return float(np.sum(common**2) / max(ranks))

@@ -63,6 +63,7 @@ def task_direction(
     targets: Sequence[Tokens],
     *,
     rule: int | str,
+    seed: int,
     file: Path,
     pad_id: int,
     token_budget: int,
@@ -74,6 +75,7 @@ def task_direction(
         engine: at the checkpoint where gradients are taken.
         targets: of one task.
         rule: how many directions the space has, as `rank_of` takes it.
+        seed: of the halves of rank "split".
         file: for the target gradients, fp32; it is there only while this runs.
         pad_id: token id for padding.
         token_budget: padded tokens in one batch.
@@ -89,7 +91,7 @@ def task_direction(
     file.unlink(missing_ok=True)
     try:
         with Directions(file, sizes, len(targets), device) as V:
-            first = 0
+            first, ids = 0, list[str]()
             lengths = [len(t.input_ids) for t in targets]
             for rows in length_sorted_batches(lengths, token_budget=token_budget):
                 batch = collate([targets[k] for k in rows], pad_id=pad_id, device=device)
@@ -99,10 +101,11 @@ def task_direction(
 
                 engine.run(batch, keep)
                 first += len(rows)
+                ids += batch.ids
                 advance(len(rows))
             gram = V.gram().numpy()
             found = spectrum(gram)
-            rank = rank_of(rule, found, gram)
+            rank = rank_of(rule, found, gram, ids, seed=seed)
             w = mean_weights(found, rank)
             weights = torch.as_tensor(w, dtype=torch.float32, device=device)
             parts = {n: (weights @ V.read(n)).view_as(p) for n, p in engine.parameters.items()}

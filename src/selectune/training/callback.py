@@ -59,6 +59,7 @@ class Watch(TrainerCallback):
         is_cheap_to_save: bool,
         seconds: Callable[[], float],
         last_step: int,
+        saves_last: bool = False,
     ) -> None:
         """Keep what the hooks need.
 
@@ -70,11 +71,12 @@ class Watch(TrainerCallback):
             is_cheap_to_save: whether an interrupt may wait for one more checkpoint.
             seconds: training time so far, of earlier processes too.
             last_step: where to end, perhaps before the schedule does.
+            saves_last: whether a checkpoint is left there in any case.
         """
         self.name, self.log = name, log
         self.checkpoints, self.interrupts = checkpoints, interrupts
         self.is_cheap_to_save, self.seconds = is_cheap_to_save, seconds
-        self.last_step = last_step
+        self.last_step, self.saves_last = last_step, saves_last
 
     def on_train_begin(
         self,
@@ -122,6 +124,7 @@ class Watch(TrainerCallback):
         kill_point(KillPoint.TUNE_STEP_DONE)
         if state.global_step == self.last_step:
             control.should_training_stop = True
+            control.should_save = control.should_save or self.saves_last
         if self.interrupts.is_asked:
             control.should_training_stop = True
             control.should_save = control.should_save or self.is_cheap_to_save

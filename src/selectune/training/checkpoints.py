@@ -26,6 +26,7 @@ KIND = "checkpoint"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What changes neither weights nor losses, and the method, which has an entry of its own.
 _FREE = frozenset({"save_every", "keep_checkpoints", "controls", "method", "options"})
+_FREE |= {"reselect_every"}  # what it does stands in an entry of each phase
 
 
 def identify(
@@ -88,6 +89,26 @@ class Checkpoint:
     step: int
     seconds: float
     opened: files.Opened
+
+
+def open_earlier(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
+    """Return the checkpoint at which the phase before ended.
+
+    Args:
+        path: its folder, called checkpoint-N.
+        identity: of the phase that goes on from it.
+
+    Raises:
+        IncompatibleRunError: it is of another training.
+        CorruptFileError: it is not what its manifest says.
+    """
+    opened = files.open_dir(path, kind=KIND)
+    found, wanted = (
+        {key: value for key, value in one.items() if key not in ("examples", "phase")}
+        for one in (opened.meta["identity"], identity)
+    )
+    refuse_other(found, wanted, where=path)
+    return Checkpoint(path, int(opened.meta["step"]), float(opened.meta["seconds"]), opened)
 
 
 class Checkpoints:

@@ -90,7 +90,7 @@ class Session(Protocol):
         ...
 
     def end_step(self) -> dict[str, Any]:
-        """Return the facts of the step just done, as plain JSON values."""
+        """Return the facts of the step just done, as plain JSON values; "stop" true ends it all."""
         ...
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -151,6 +151,8 @@ class MethodCallback(TrainerCallback):
         assert self.session is not None
         facts = self.session.end_step()
         self.records.append((state.global_step, facts))
+        if facts.get("stop"):
+            control.should_training_stop = True
         if self.log is not None:
             self.log(state.global_step, facts)
 

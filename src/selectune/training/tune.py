@@ -21,7 +21,13 @@ from selectune.errors import ConfigError, DataError, TrainingError
 from selectune.models import trainable_fingerprint
 from selectune.recipe import TuneSection
 from selectune.training.callback import Interrupts, Log, Watch
-from selectune.training.checkpoints import Checkpoint, Checkpoints, identify, refuse_other
+from selectune.training.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    identify,
+    open_earlier,
+    refuse_other,
+)
 from selectune.training.method import Method
 from selectune.training.method_callback import FACTS, TENSORS, MethodCallback
 from selectune.training.order import EpochBatches
@@ -40,6 +46,21 @@ KIND = "adapter"
 Record = tuple[int, dict[str, Any]]
 _RECORDS = "records.json"
 _CHEAP_BYTES = 256 * 2**20  # a checkpoint that an interrupt may wait for: well under a second
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a training that sees examples of its own.
+
+    Attributes:
+        end: its last step, counted over the whole training; None for the end of the schedule.
+        start: the checkpoint of the phase before, from which it goes on; None for the first one.
+        behind: what tells the phases before it from others: their last steps and examples.
+    """
+
+    end: int | None = None
+    start: Path | None = None
+    behind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +104,7 @@ def tune(
     method: Method | None = None,
     target: Sequence[Tokens] = (),
     stop_after_epochs: int | None = None,
+    phase: Phase | None = None,
 ) -> TuneResult:
     """Train `model` in place; afterwards it holds the trained weights, reused results included.
 
@@ -105,6 +127,8 @@ def tune(
         method: acts during training; None for plain training. `options.method` is not read.
         target: examples that stand for the task, for methods that look at them.
         stop_after_epochs: end there although the learning rate is laid out for `options.epochs`.
+        phase: the part of a training that sees these examples; None for all of it. Its
+            checkpoints, and what is returned, hold the losses of the phases before.
 
     Raises:
         DataError: nothing to train on, or an example without a target.
@@ -130,7 +154,9 @@ def tune(
         precision=precision,
         device=device,
         stop_after_epochs=stop_after_epochs,
+        **({} if phase is None else {"phase": [phase.end, *phase.behind]}),
     )
+    phase = phase or Phase()
     final = output / "adapter"
     if files.is_complete(final, KIND):
         return _reuse(model, final, identity)
@@ -143,6 +169,7 @@ def tune(
     )
     every = options.save_every or batches.n_steps
     last_step = batches.n_steps * min(stop_after_epochs or options.epochs, options.epochs)
+    last_step = phase.end or last_step
     checkpoints = Checkpoints(
         output,
         identity=identity,
@@ -151,6 +178,8 @@ def tune(
         warn=lambda text: log({"arm": name, "warning": text}),
     )
     newest = checkpoints.newest()
+    if newest is None and phase.start is not None:
+        newest = open_earlier(phase.start, identity)
     seconds = _stopwatch(0.0 if newest is None else newest.seconds)
     before = snapshot(model)
     n_trainable = sum(t.numel() for t in before.values())
@@ -177,6 +206,7 @@ def tune(
         is_cheap_to_save=checkpoint_bytes <= _CHEAP_BYTES,
         seconds=seconds,
         last_step=last_step,
+        saves_last=phase.end is not None,
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -190,6 +220,7 @@ def tune(
                 options.trainer, model, items, arguments, acting, watch, batches, pad_id
             )
             path = None if start is None else str(start.path)
+            arguments.resume_from_checkpoint = path  # a method looks for its state there
             with checkpoints.written_by_others(), _closing(acting):
                 cast("Any", trainer).train(resume_from_checkpoint=path)
             state = trainer.state
@@ -197,14 +228,17 @@ def tune(
             raise KeyboardInterrupt
         return cast("list[dict[str, Any]]", state.log_history), state.global_step
 
-    if newest is not None and newest.step >= last_step:
+    # Read by itself: a fact may be no number, which `read_json` refuses.
+    saved: list[Any] = []
+    if newest is not None and method is not None:
+        saved = json.loads(newest.opened.read_text(FACTS))["records"]
+    was_last = bool(saved) and bool(saved[-1][1].get("stop"))
+    if newest is not None and (newest.step >= last_step or was_last):
         # Killed between the last checkpoint and the adapter. The Trainer cannot be asked for no
         # step at all: it looks at a wish to stop only after one.
-        log({"arm": name, "start": last_step, "n_steps": last_step})
+        log({"arm": name, "start": newest.step, "n_steps": newest.step})
         history, n_steps = _load(model, newest.opened), newest.step
-        # Read by itself: a fact may be no number, which `read_json` refuses.
-        saved = None if method is None else json.loads(newest.opened.read_text(FACTS))
-        records = [] if saved is None else _records(saved["records"])
+        records = _records(saved)
     else:
         history, n_steps = train(newest)
         records = [] if acting is None else _records(acting.records)
@@ -227,7 +261,8 @@ def tune(
         records=records,
     )
     _save(model, result, identity)
-    checkpoints.finish(n_steps if n_steps == batches.n_steps * options.epochs else None)
+    is_end = n_steps in (batches.n_steps * options.epochs, phase.end)
+    checkpoints.finish(n_steps if is_end else None)
     return result
 
 

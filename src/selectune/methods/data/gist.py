@@ -5,8 +5,8 @@
 
 Paper  "GIST: Targeted Data Selection for Instruction Tuning via Coupled Optimization Geometry",
   arXiv 2602.18584 (ICML 2026), section 4. Its release (GuanghuiMin/GIST) fixes the rank and takes
-  the best subtask mean. Ours: the numerical floor, ties by id, `energy`, rank "loo",
-  "per_subtask", refusing rank 1.
+  the best subtask mean. Ours: the numerical floor, ties by id, `energy`, ranks "loo", "gap" and
+  "split", "per_subtask", refusing rank 1.
 Cost   Time: one warm-up epoch on 5 % of the pool, one gradient pass over the pool; after that any
   rank or aggregate in seconds. Memory: one module's rows and one module's target gradients; the
   target gradients of the whole model lie on disk, so memory does not grow as targets x parameters.
@@ -14,6 +14,7 @@ Fails  An example with almost nothing in the target space scores like one that l
   the energy, or multiply it in. With a few noisy targets the space is noise; run `random` beside.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,7 +43,12 @@ class GistOptions:
     ] = "max_example"
     rank: Annotated[
         Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=RANK_RULE)],
-        Field(description='"energy:0.95" (paper), a number (release: 150), "loo" or "full"'),
+        Field(
+            description='"energy:0.95" (paper), a number (release: 150), "full", or (ours) "loo": '
+            'best for a target left out; "split:0.95": that share of what one half of the targets '
+            'can hold of the other, over 20 random halves; "gap": before the largest ratio of '
+            "neighbouring eigenvalues, from 2 to half of the directions"
+        ),
     ] = "energy:0.95"
     energy: Annotated[
         str,
@@ -56,13 +62,27 @@ class GistOptions:
     ] = False
 
 
-def chosen_rank(options: GistOptions, directions: Spectrum, gram: Float[np.ndarray, "m m"]) -> int:
+def chosen_rank(
+    options: GistOptions,
+    directions: Spectrum,
+    gram: Float[np.ndarray, "m m"],
+    ids: Sequence[str],
+    *,
+    seed: int = 0,
+) -> int:
     """Return the rank that the options ask for, at most the number of sound directions.
+
+    Args:
+        options: of GIST.
+        directions: of the targets.
+        gram: inner products of the targets.
+        ids: of the targets, for rank "split".
+        seed: of its halves.
 
     Raises:
         SelectionError: rank 1, where every score would be +1 or -1.
     """
-    rank = rank_of(options.rank, directions, gram)
+    rank = rank_of(options.rank, directions, gram, ids, seed=seed)
     if rank < 1 or (rank == 1 and options.energy != "multiply"):
         raise SelectionError(
             f"GIST has rank {rank}: every score would be exactly 1 or -1",
@@ -98,7 +118,7 @@ def score(evidence: Evidence, options: GistOptions) -> Scores:
         unit = 1 / np.sqrt(np.clip(np.diag(gram), np.finfo(float).tiny, None))
         gram, dots = gram * unit * unit[:, None], dots * unit
     directions = spectrum(gram)
-    rank = chosen_rank(options, directions, gram)
+    rank = chosen_rank(options, directions, gram, facts.target_ids, seed=evidence.seed)
     x, c = directions.coordinates(dots, rank), directions.target_coordinates(rank)
     by_target = cosines(x, c)
     columns: dict[str, Any] = {}

@@ -1,0 +1,157 @@
+"""A training that chooses anew on its way."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from slow_reselection import slow_reselection
+from torch.testing import assert_close
+from transformers import LlamaForCausalLM
+
+from selectune.adapters import add_adapter
+from selectune.compare import compare
+from selectune.errors import ConfigError
+from selectune.progress import Silent
+from selectune.recipe import load_recipe
+from selectune.reselection import n_rescored, refresh_steps
+from selectune.run import Run
+from small_run import small_recipe
+
+ALONE = ["tune.controls=[]"]
+
+
+def made(path: Path, *changes: str) -> Run:
+    recipe = load_recipe(path, [*ALONE, *changes])
+    return Run(recipe, out=Path(recipe.output))
+
+
+@pytest.mark.parametrize(
+    ("every", "n_steps", "expected"),
+    [
+        (0.25, 12, [3, 6, 9]),
+        (0.25, 6, [2, 3, 4]),
+        (0.5, 3, [2]),
+        (0.3, 10, [3, 6, 9]),
+        (0.9, 1, []),
+        (4, 10, [4, 8]),
+        (4, 8, [4]),
+        (9, 8, []),
+    ],
+)
+def test_steps_after_which_it_chooses(
+    every: int | float, n_steps: int, expected: list[int]
+) -> None:
+    assert refresh_steps(every, n_steps) == expected
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_it_equals_the_twin(tmp_path: Path, trainer: str) -> None:
+    path = small_recipe(tmp_path)
+    run = made(path, "tune.reselect_every=0.25", f"tune.trainer={trainer}")
+    run.tune()
+    table = pq.read_table(tmp_path / "run/scores.parquet")
+    scores = dict(zip(table["id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    recipe, tokens = run.recipe, run.ground.tokens
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    model = add_adapter(model, recipe.adapter, seed=recipe.seed)
+    losses, chosen = slow_reselection(
+        model, list(tokens.pool), list(tokens.targets["colours"]), scores, recipe.tune,
+        n=9, after=[2, 3, 4], seed=recipe.seed,
+    )  # fmt: skip
+    folder = tmp_path / "run/phases/selected"
+    found = [json.loads((folder / f"refresh-{k}/chosen.json").read_text()) for k in (1, 2, 3)]
+    assert found == chosen[1:]
+    facts = json.loads((tmp_path / "run/run.json").read_text())["steps"]["tune"]["facts"]
+    told = facts["arms"]["selected"]["reselected"]
+    news = [len(set(b) - set(a)) for a, b in itertools.pairwise(chosen)]
+    assert sum(news) > 0
+    assert told == [
+        {"step": step, "n_new": n_new, "n": 9, "n_shortlist": 36}
+        for step, n_new in zip((2, 3, 4), news, strict=True)
+    ]
+    assert facts["costs"]["refresh 1 selected"]["seconds"] > 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    np.testing.assert_allclose([json.loads(line)["loss"] for line in lines], losses, rtol=1e-4)
+    saved = load_file(tmp_path / "run/tune/selected/adapter/adapter_model.safetensors")
+    assert_close(saved, get_peft_model_state_dict(model), rtol=1e-3, atol=1e-5)
+    assert not list(folder.glob("phase-*"))  # what only served to go on
+    run.report()
+    assert "after step 2, " in (tmp_path / "run/report.html").read_text()
+
+
+def test_choosing_the_same_again_changes_no_bit(tmp_path: Path) -> None:
+    # All of the pool, so that no choice is left; dropout draws must go on where they stopped.
+    whole = ["select.budget=1.0", "adapter.dropout=0.2", "tune.epochs=1", "tune.save_every=3"]
+    files: list[bytes] = []
+    for name, more in (("kept", []), ("anew", ["tune.reselect_every=5"])):
+        (tmp_path / name).mkdir()
+        made(small_recipe(tmp_path / name), *whole, *more).tune()
+        folder = tmp_path / name / "run"
+        files.append((folder / "tune/selected/adapter/adapter_model.safetensors").read_bytes())
+        files.append((folder / "metrics.jsonl").read_bytes())
+    assert files[:2] == files[2:]
+    assert (tmp_path / "anew/run/phases/selected/refresh-2").exists()
+
+
+def test_the_same_command_again_trains_nothing(tmp_path: Path) -> None:
+    path = small_recipe(tmp_path)
+    made(path, "tune.reselect_every=3", "tune.controls=[random, grad_cosine]").tune()
+    arms = json.loads((tmp_path / "run/run.json").read_text())["steps"]["tune"]["facts"]["arms"]
+    # A control that looks at gradients chooses anew as well, another one cannot.
+    assert "reselected" in arms["grad_cosine"]
+    assert "reselected" not in arms["random"]
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/tune").rglob("adapter/*")}
+    made(path, "tune.reselect_every=3", "tune.controls=[random, grad_cosine]").tune()
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run/tune").rglob("adapter/*")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["tune.reselect_every=1.0"], "reselect_every"),
+        (["tune.reselect_every=0.5", "score.method=random"], "random would choose the same"),
+        (["tune.reselect_every=0.5", "select.budget=300 tokens"], "another number of examples"),
+        (["tune.reselect_every=0.5", "tune.weights={method: gallop}"], "single weights cannot"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, changes: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(small_recipe(tmp_path), changes)
+
+
+def test_rows_of_a_grid_warm_up_and_choose_anew_on_their_own(tmp_path: Path) -> None:
+    rows = (
+        "[gist, {name: rests, method: gist, warmup: {until: overlap, epochs: 4, overlap: 0.01, "
+        "overlap_every: 1, overlap_times: 1}}, "
+        "{name: anew, method: gist, tune: {reselect_every: 3}}]"
+    )
+    recipe = load_recipe(small_recipe(tmp_path), [f"matrix.methods={rows}"])
+    out = tmp_path / "grid"
+    table = compare(recipe, out=out, progress=Silent())
+    assert {row.method for row in table.rows} >= {"gist", "rests", "anew"}
+    assert table.costs["0 rests"]["warmup"]["n_steps"] == 2
+    assert "n_steps" not in table.costs["0"]["warmup"]
+    cells = {
+        name: json.loads((out / f"cells/{name}-colours-seed-0/cell.json").read_text())
+        for name in ("gist", "anew")
+    }
+    assert cells["gist"]["reselected"] == []
+    (refresh,) = cells["anew"]["reselected"]
+    assert (refresh["step"], refresh["n"], refresh["n_shortlist"]) == (3, 9, 36)
+    assert not list(out.glob("shared/phases/*/phase-*"))
+
+
+def test_what_will_be_scored_again_is_counted(tmp_path: Path) -> None:
+    recipe = load_recipe(small_recipe(tmp_path), ["tune.reselect_every=0.25"])
+    # Six steps, after three of which it looks at four times nine examples, or at the whole pool.
+    assert n_rescored(recipe.tune, "gist", 9, 56) == 3 * 36
+    assert n_rescored(recipe.tune, "gist", 9, 20) == 3 * 20
+    assert n_rescored(recipe.tune, "random", 9, 56) == 0
+    assert n_rescored(recipe.tune.plainly(), "gist", 9, 56) == 0
