@@ -177,6 +177,8 @@ def test_what_a_batch_does_not_touch_moves_by_its_momentum() -> None:
     (part,) = shaped.parts(name, rows)
     torch.testing.assert_close(part, torch.full((4, 6), 0.9 / 0.999**0.5))
     assert shaped.unseen(4) == []
+    shaped.close_batch()
+    assert len(shaped.unseen(4)) == 1  # the next batch does not touch it either
 
 
 def test_hand_examples_separate_the_three_aggregates() -> None:

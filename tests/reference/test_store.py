@@ -1,5 +1,6 @@
 """A pass that was stopped, damaged or mixed up goes on exactly, or says what is wrong."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,17 @@ def test_a_pass_killed_at_its_very_end_leaves_no_target_gradients(tmp_path: Path
     (tmp_path / "s/directions.bin").write_bytes(b"left over")
     compute(tmp_path / "s")
     assert not (tmp_path / "s/directions.bin").exists()
+
+
+@pytest.mark.parametrize("part", ["shard-00001", "targets"])
+def test_a_damaged_part_of_a_finished_pass_is_made_anew_once_it_is_removed(
+    part: str, tmp_path: Path
+) -> None:
+    whole = compute(tmp_path / "s")
+    shutil.rmtree(tmp_path / "s" / part)  # what the message of a damaged one advises
+    again = compute(tmp_path / "s")
+    assert again.facts.dots.tobytes() == whole.facts.dots.tobytes()
+    assert again.facts.gram.tobytes() == whole.facts.gram.tobytes()
 
 
 def test_a_shard_of_another_pass_is_refused(tmp_path: Path) -> None:

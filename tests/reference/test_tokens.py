@@ -82,8 +82,8 @@ def test_the_direction_is_the_mean_target_inside_its_space(rule: int | str, tmp_
     V = torch.cat([g.flatten(1) for g in gradients.values()], 1).numpy()
     seen: list[int] = []
     found = task_direction(
-        GradientEngine(model), targets, rule=rule, seed=0, file=tmp_path / "deep" / "v.bin", pad_id=0,
-        token_budget=24, advance=seen.append,
+        GradientEngine(model), targets, rule=rule, seed=0, file=tmp_path / "deep" / "v.bin",
+        pad_id=0, token_budget=24, advance=seen.append,
     )  # fmt: skip
     expected = slow_direction(V, found.rank)
     flat = torch.cat([found.parts[n].flatten() for n in gradients]).numpy()

@@ -55,14 +55,17 @@ class _Shaped:
 
     def unseen(self, n: int) -> list[tuple[str, Rows]]:
         """Return zero gradients of what the batch did not touch: Adam moves it all the same."""
-        seen, self._seen = self._seen, set()
         if self._adam is None:
             return []
         return [
             (name, DenseRows(torch.zeros(n, *p.shape, device=p.device)))
             for name, p in self._parameters.items()
-            if name not in seen
+            if name not in self._seen
         ]
+
+    def close_batch(self) -> None:
+        """Forget what the batch touched, zero gradients of the rest included."""
+        self._seen.clear()
 
 
 class ExactProducts:
@@ -100,8 +103,10 @@ class ExactProducts:
 
     def close_batch(self, n: int) -> Float[Tensor, " n"]:
         """Put the sums of a batch aside."""
-        for name, rows in [] if self._shaped is None else self._shaped.unseen(n):
-            self.take(name, rows)
+        if self._shaped is not None:
+            for name, rows in self._shaped.unseen(n):
+                self.take(name, rows)
+            self._shaped.close_batch()
         assert self._dots is not None
         assert self._norm2 is not None
         norm2 = self._norm2
@@ -169,6 +174,7 @@ class ProjectedProducts:
         """Put the projections of a batch aside, or project what waits when it has grown large."""
         for name, rows in self._shaped.unseen(n):
             self.take(name, rows)
+        self._shaped.close_batch()
         assert self._norm2 is not None
         norm2, self._norm2 = self._norm2, None
         if self._out is not None:

@@ -39,6 +39,7 @@ from selectune.files import (
     sha256_file,
     staged,
 )
+from selectune.files.disk import remove
 from selectune.gradients.adam import AdamSteps
 from selectune.gradients.directions import Directions
 from selectune.gradients.engine import GradientEngine
@@ -204,6 +205,7 @@ class GradientStore:
         hands = hands or Alone()
         shards = _shards([len(t.input_ids) for t in pool], token_budget, shard_examples)
         everything = Worked(0, len(shards), len(shards))
+        self._unseal(len(shards), hands)
         if self.is_complete():
             return everything
         with ExitStack() as stack:
@@ -262,6 +264,20 @@ class GradientStore:
             else:
                 _probe_as_the_first(engine, targets, pool, shards, pad_id)
             yield self._products(engine, directions, how.adam, how.projection)
+
+    def _unseal(self, n_shards: int, hands: Hands) -> None:
+        """Open a pass that has lost a part since it ended: a damaged one is removed by hand."""
+
+        def lacks() -> bool:
+            parts = [("targets", "targets"), *((_shard_name(k), "shard") for k in range(n_shards))]
+            return is_complete(self.path / "pool", kind="pool") and not all(
+                is_complete(self.path / name, kind=kind) for name, kind in parts
+            )
+
+        if lacks():
+            with hands.turn(self._part("pool"), lambda: not lacks()):
+                if lacks():
+                    remove(self.path / "pool")
 
     def _seal(self, pool: Sequence[Tokens], n_shards: int) -> None:
         """Write the list that ends a pass, once no shard is missing."""
@@ -591,8 +607,11 @@ def _shards(
 ) -> list[list[list[int]]]:
     """Return batches of example numbers, grouped into shards of about `shard_examples`."""
     shards: list[list[list[int]]] = [[]]
+    n = 0
     for batch in length_sorted_batches(lengths, token_budget=token_budget):
-        if sum(map(len, shards[-1])) >= shard_examples:
+        if n >= shard_examples:
             shards.append([])
+            n = 0
         shards[-1].append(batch)
+        n += len(batch)
     return shards
