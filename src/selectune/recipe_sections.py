@@ -211,6 +211,11 @@ class WarmupSection(Section):
         default=4,
         description="length of the learning-rate schedule, of which warmup.epochs are run",
     )
+    learning_rate: Positive | None = Field(
+        default=None,
+        description="peak learning rate; null: tune.learning_rate. Batches, scheduler and "
+        "optimizer are those of tune: other ones there make warm-up and gradients anew",
+    )
     until: Literal["epochs", "overlap"] = Field(
         default="epochs",
         description="epochs: all of warmup.epochs; overlap: at most these, and no longer than the "

@@ -74,6 +74,7 @@ from selectune.token_scoring import (
     token_scores,
     write_tokens,
 )
+from selectune.warmup import warmup_tuning
 
 SCORES = "scores.parquet"
 CLAIMS = ".claims"
@@ -364,10 +365,7 @@ class Run:
                 "model": recipe.model.model_dump(mode="json"),
                 "adapter": recipe.adapter.model_dump(mode="json"),
                 "warmup": recipe.warmup.model_dump(mode="json"),
-                "tune": recipe.tune.model_dump(
-                    mode="json",
-                    exclude={"controls", "method", "options", "tokens", "reselect_every"},
-                ),
+                "tune": warmup_tuning(recipe).model_dump(mode="json", exclude={"controls"}),
                 "score": recipe.score.model_dump(mode="json"),
                 "data": [recipe.data.max_length, recipe.data.loss_on],
                 "tokens": self.ground.tokens.fingerprint,

@@ -28,11 +28,12 @@ from selectune.report import (
 from selectune.report import Verdict as Told
 from selectune.report.weight_facts import WeightFacts
 from selectune.selection import Scores, Selection
-from selectune.warmup import epochs_run
+from selectune.warmup import epochs_run, n_warmup_steps
 from selectune.weight_story import tell_weights
 from selectune.weights.delta import SparseDelta
 
 _SHOWN = 8
+_FEW_STEPS = 8  # of a warm-up, after which LoRA's lora_B has hardly moved
 _SHOWN_MAPS = 3
 _METRICS: tuple[Metric, ...] = ("answer_loss", "correct_norm", "correct_raw")
 
@@ -305,8 +306,15 @@ def _warnings(ground: Ground, scores: Scores, selection: Selection) -> list[str]
     top = max(set(sources), key=sources.count)
     if len(set(ground.prepared.sources.values())) > 1 and sources.count(top) > 0.9 * len(sources):
         found.append(f"{sources.count(top) / len(sources):.0%} of the selection come from {top}.")
-    if ground.recipe.warmup.epochs == 0 and ground.recipe.model.adapter is None:
-        found.append("The adapter was never warmed up: scores rest on lora_B alone.")
+    takes_gradients = {"gradients", "checkpoints"} & get("data_scorer", scores.method).needs
+    if takes_gradients and ground.recipe.model.adapter is None:
+        n = n_warmup_steps(ground)
+        if n == 0:
+            found.append("The adapter was never warmed up: scores rest on lora_B alone.")
+        elif n < _FEW_STEPS:
+            found.append(
+                f"The warm-up had {n} step{'s' * (n > 1)}: raise warmup.epochs or warmup.fraction."
+            )
     return found
 
 

@@ -21,7 +21,7 @@ from selectune.gradients.adam import Moments
 from selectune.ground import Ground, digest
 from selectune.methods.evidence import ReadsCheckpoints
 from selectune.models import Base
-from selectune.recipe import Recipe
+from selectune.recipe import Recipe, TuneSection
 from selectune.recipe_methods import FULL, PLAIN
 from selectune.registry import Entry, get
 from selectune.training.checkpoints import KIND
@@ -130,6 +130,13 @@ def warmup_ids(ground: Ground) -> list[str]:
     return [example_id for _, example_id in drawn[:n]]
 
 
+def n_warmup_steps(ground: Ground) -> int:
+    """Return how many steps lead to the adapter at which gradients are taken, at most."""
+    tuning = ground.recipe.tune
+    per_epoch = -(-len(warmup_ids(ground)) // (tuning.batch_size * tuning.accumulation))
+    return per_epoch * ground.recipe.warmup.epochs
+
+
 class Warmed:
     """A model that can be put at each checkpoint of its training.
 
@@ -203,6 +210,17 @@ def warmed_model(ground: Ground, base: Base) -> nn.Module:
     return warm_up(ground, base).model
 
 
+def warmup_tuning(recipe: Recipe) -> TuneSection:
+    """Return how the adapter of a recipe is warmed up.
+
+    Plainly: scores are about the examples, not about how they will be trained on.
+    """
+    section = recipe.warmup
+    rate = recipe.tune.learning_rate if section.learning_rate is None else section.learning_rate
+    changes = {"epochs": section.schedule_epochs, "learning_rate": rate}
+    return recipe.tune.of_section_adapter().model_copy(update=changes)
+
+
 def warm_up(ground: Ground, base: Base) -> Warmed:
     """Train the adapter on its share of the pool, resume, or read what is finished.
 
@@ -215,11 +233,9 @@ def warm_up(ground: Ground, base: Base) -> Warmed:
     recipe = ground.recipe
     model = add_adapter(base.model, recipe.adapter, seed=recipe.seed)
     n_epochs, keeps = epochs_run(ground), _kept(ground) > 0
-    # Plainly: scores are about the examples, not about how they will be trained on.
-    changes: dict[str, Any] = {"epochs": recipe.warmup.schedule_epochs}
+    options = warmup_tuning(recipe)
     if keeps:
-        changes |= {"save_every": None, "keep_checkpoints": n_epochs}
-    options = recipe.tune.of_section_adapter().model_copy(update=changes)
+        options = options.model_copy(update={"save_every": None, "keep_checkpoints": n_epochs})
     fingerprint = digest(
         {
             "base": base.fingerprint,
