@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from selectune.data import Batch, collate, length_sorted_batches, read_examples
 from selectune.data.examples import plain_text
-from selectune.measure import Measured
 from selectune.models import blocks
 from selectune.offsite.arrangement import Arrangement
 from selectune.offsite.calibration import calibration_of
@@ -41,7 +40,8 @@ from selectune.offsite.layout import Layout
 from selectune.offsite.quality import parameter_ratios
 from selectune.offsite.statistics import LayerStatistics, collect
 from selectune.offsite.views import LayerCompressor
-from selectune.prepare import DemoNames
+from selectune.pipeline.measure import Measured
+from selectune.pipeline.prepare import DemoNames
 from selectune.registry import CompressorNeed
 
 SHARES = {"keep_attention": 0.6, "keep_mlp": 0.6}

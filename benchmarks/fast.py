@@ -8,7 +8,7 @@ and the share of their best 5 % that is found again, for each task the worst.
 
     python benchmarks/fast.py [--quick] [--tasks csqa siqa piqa]
 
-`selectune.economy.KNEE`, which `--fast` takes, is set by this table.
+`selectune.pipeline.economy.KNEE`, which `--fast` takes, is set by this table.
 """
 
 import argparse
@@ -30,20 +30,20 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from selectune.data import Tokens
-from selectune.economy import Economy, only_layers
 from selectune.gradients.engine import GradientEngine
 from selectune.gradients.store import GradientStore, Target
-from selectune.ground import Ground
 from selectune.methods.data.gist import GistOptions
 from selectune.methods.data.gist import score as gist
 from selectune.methods.evidence import Evidence
 from selectune.models import Base
+from selectune.pipeline.economy import Economy, only_layers
+from selectune.pipeline.ground import Ground
+from selectune.pipeline.ranks import rank_correlation
+from selectune.pipeline.scoring import targets
+from selectune.pipeline.warmup import warmed_model
 from selectune.progress import Silent
-from selectune.ranks import rank_correlation
 from selectune.recipe import load_recipe
 from selectune.recipes import demo_recipe
-from selectune.scoring import targets
-from selectune.warmup import warmed_model
 
 TOP = 0.05
 BUDGET = 1024  # score.token_budget

@@ -25,8 +25,8 @@ from selectune.adapters import add_adapter
 from selectune.data import Batch, demo_assets
 from selectune.gradients.engine import GradientEngine, example_loss
 from selectune.gradients.kernels import Rows
-from selectune.measure import Measured
 from selectune.models import load_base
+from selectune.pipeline.measure import Measured
 from selectune.recipe import AdapterSection, ModelSection
 
 N, T = 8, 128

@@ -47,7 +47,7 @@ from selectune.gradients.engine import GradientEngine, example_loss
 from selectune.gradients.projection import Projection
 from selectune.gradients.store import GradientStore, StoredPool, Target
 from selectune.models import Base, load_base
-from selectune.ranks import rank_correlation
+from selectune.pipeline.ranks import rank_correlation
 from selectune.recipe import AdapterSection, ModelSection
 
 DIM = 8192

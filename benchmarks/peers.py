@@ -45,8 +45,8 @@ from selectune.data import (
 from selectune.data.demo import cache_folder
 from selectune.gradients.engine import GradientEngine, precision_of
 from selectune.gradients.store import GradientStore, Target
-from selectune.measure import peak_rss
 from selectune.models import Base, load_base
+from selectune.pipeline.measure import peak_rss
 from selectune.recipe import AdapterSection, ModelSection
 
 HERE = Path(__file__).parent

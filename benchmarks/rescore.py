@@ -35,12 +35,12 @@ import selectune
 from selectune.data import Batch
 from selectune.files import staged
 from selectune.gradients.engine import GradientEngine
-from selectune.ground import Ground
+from selectune.pipeline.ground import Ground
+from selectune.pipeline.scoring import score_pool
+from selectune.pipeline.warmup import warm_up
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
 from selectune.recipes import demo_recipe
-from selectune.scoring import score_pool
-from selectune.warmup import warm_up
 
 SHARD = 256  # score.shard_examples
 SCORERS = ("gist", "grad_cosine", "tracin", "less", "rds")

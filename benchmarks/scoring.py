@@ -40,8 +40,8 @@ from selectune.data import (
 )
 from selectune.gradients.engine import GradientEngine, example_loss
 from selectune.gradients.store import GradientStore, Target
-from selectune.measure import Measured
 from selectune.models import Base, load_base
+from selectune.pipeline.measure import Measured
 from selectune.recipe import AdapterSection, ModelSection
 
 ARMS = {"bare": 0, "m64": 64, "m128": 128}

@@ -29,8 +29,8 @@ from selectune.adapters import add_adapter
 from selectune.data import Batch, Tokens, demo_assets
 from selectune.gradients.engine import precision_of
 from selectune.gradients.loss import target_nll
-from selectune.measure import Measured
 from selectune.models import load_base
+from selectune.pipeline.measure import Measured
 from selectune.recipe import AdapterSection, ModelSection
 from selectune.registry import get
 from selectune.training.method import Method, Session

@@ -42,7 +42,7 @@ from _owners import FORMS, Arm, Form, shared
 from _passes import BUDGET, passes
 from transformers.utils import logging as transformers_logging
 
-from selectune.measure import Measured
+from selectune.pipeline.measure import Measured
 from selectune.training.sparse import SparseModel
 from selectune.weights import WeightMask, WeightScores
 from selectune.weights.base import base_fingerprint

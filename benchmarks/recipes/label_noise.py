@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from selectune.cli import main as selectune
-from selectune.prepare import resolve
+from selectune.pipeline.prepare import resolve
 from selectune.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).with_name("layers.yaml")

@@ -21,14 +21,9 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from selectune.answered import evaluate_arm
-from selectune.arms import BASE, SELECTED
-from selectune.emulation import Emulation
-from selectune.emulator_story import write_pages
 from selectune.evaluation import Evaluation, Metric
 from selectune.evaluation.options import COLUMNS
 from selectune.files import open_dir, write_file
-from selectune.ground import Ground
 from selectune.offsite import manifests
 from selectune.offsite.emulate import OWNER as OWNER_PART
 from selectune.offsite.emulate import PACKAGE
@@ -36,10 +31,15 @@ from selectune.offsite.manifests import OwnerRecord
 from selectune.offsite.package import OWNER_KIND
 from selectune.offsite.plugin import plug_files
 from selectune.offsite.table import Offsite, OffsiteTable, offsite_table
-from selectune.prepare import DemoNames
+from selectune.pipeline.answered import evaluate_arm
+from selectune.pipeline.arms import BASE, SELECTED
+from selectune.pipeline.emulation import Emulation
+from selectune.pipeline.emulator_story import write_pages
+from selectune.pipeline.ground import Ground
+from selectune.pipeline.prepare import DemoNames
+from selectune.pipeline.run import Run
 from selectune.progress import Silent
 from selectune.recipe import load_owner_recipe, load_recipe
-from selectune.run import Run
 
 RECIPE = Path(__file__).with_name("offsite.yaml")
 METHODS = (

@@ -1,6 +1,6 @@
 """Scores and selections from Python, for models and data that are already loaded.
 
-A recipe does the same with warm-up, resume, controls and a report: see `selectune.run.Run`.
+A recipe does the same with warm-up, resume, controls and a report: `selectune.pipeline.run.Run`.
 """
 
 import logging
@@ -16,7 +16,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from selectune.adapters import add_adapter, load_adapter
 from selectune.data import Spec, Tokenized, read_examples, tokenize
-from selectune.economy import only_layers
 from selectune.errors import ConfigError, SelectionError, nearest
 from selectune.files import is_complete
 from selectune.gradients.adam import Moments, adam_steps
@@ -30,6 +29,7 @@ from selectune.methods.evidence import Evidence, ReadsCheckpoints
 from selectune.methods.rules import Budget
 from selectune.methods.rules import select as fill
 from selectune.models import choose_precision, load_base
+from selectune.pipeline.economy import only_layers
 from selectune.progress import Silent
 from selectune.recipe import AdapterSection, ModelSection
 from selectune.registry import get, methods

@@ -25,7 +25,7 @@ from transformers import (
 
 from selectune.errors import ConfigError, CorruptFileError, SelectionError
 from selectune.recipe import AdapterSection, ModelSection
-from selectune.recipe_methods import BESIDE_QUANTISED
+from selectune.recipe.methods import BESIDE_QUANTISED
 
 # Keys of a model's configuration that say where it came from, not what it computes.
 _BYSTANDERS = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache"})

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from selectune.data import collate
-from selectune.economy import n_top, only_layers
 from selectune.errors import ConfigError
 from selectune.gradients.engine import GradientEngine
 from selectune.gradients.kernels import Rows
 from selectune.models import blocks
+from selectune.pipeline.economy import n_top, only_layers
 
 ITEMS = examples("z", 5, seed=3)
 

@@ -8,16 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import selectune
-from selectune import scoring
-from selectune.compare import compare
 from selectune.errors import ConfigError
 from selectune.gradients import store
-from selectune.ground import Ground
+from selectune.grid.compare import compare
 from selectune.models import trainable_fingerprint
+from selectune.pipeline import scoring
+from selectune.pipeline.ground import Ground
+from selectune.pipeline.run import Run
+from selectune.pipeline.warmup import warmed_model
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
-from selectune.run import Run
-from selectune.warmup import warmed_model
 from small_run import small_recipe
 
 TWO = ["warmup.schedule_epochs=2", "score.method=less"]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from selectune.compare import ComparisonTable, compare, plan_grid
 from selectune.errors import ConfigError
+from selectune.grid.compare import ComparisonTable, compare, plan_grid
+from selectune.pipeline.run import Run
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
-from selectune.run import Run
 from small_run import small_recipe
 
 MATRIX = """

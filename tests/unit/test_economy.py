@@ -7,14 +7,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from selectune import economy
 from selectune.data import Tokens
 from selectune.data.tokens import clipped
-from selectune.economy import Economy
 from selectune.errors import ConfigError
+from selectune.pipeline import economy
+from selectune.pipeline.economy import Economy
+from selectune.pipeline.run import Run
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
-from selectune.run import Run
 from small_run import small_recipe
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from selectune.errors import ConfigError, StorageError
 from selectune.files import Crew, lock, share
-from selectune.processes import Launch, Part, read_part, take_gpu, take_launch
+from selectune.pipeline.processes import Launch, Part, read_part, take_gpu, take_launch
 from small_run import small_recipe
 from warm import Done, WarmCli
 

@@ -16,8 +16,8 @@ from selectune.errors import ConfigError
 from selectune.gradients.engine import GradientEngine, example_loss
 from selectune.gradients.kernels import Rows
 from selectune.models import Base, load_base
+from selectune.pipeline.run import Run
 from selectune.recipe import AdapterSection, ModelSection, load_owner_recipe, load_recipe
-from selectune.run import Run
 from small_run import small_recipe
 
 pytest.importorskip("bitsandbytes")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from selectune.errors import ConfigError
 from selectune.recipe import Recipe, Section, describe, describe_owner, load_recipe
-from selectune.recipe_file import MAX_BYTES, dump_yaml
+from selectune.recipe.file import MAX_BYTES, dump_yaml
 from selectune.recipes import demo_recipe
 
 SMALL = """\

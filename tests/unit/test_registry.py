@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from selectune.errors import ConfigError
-from selectune.recipe_words import option_rows
+from selectune.recipe.words import option_rows
 from selectune.registry import Entry, get, methods, register
 from selectune.training.method import Method
 

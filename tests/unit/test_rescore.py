@@ -9,8 +9,8 @@ import pytest
 
 import selectune
 from selectune.errors import ConfigError
+from selectune.pipeline.run import Run
 from selectune.recipe import load_recipe
-from selectune.run import Run
 from small_run import small_recipe
 
 

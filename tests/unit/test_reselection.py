@@ -14,12 +14,12 @@ from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
 from selectune.adapters import add_adapter
-from selectune.compare import compare
 from selectune.errors import ConfigError
+from selectune.grid.compare import compare
+from selectune.pipeline.reselection import n_rescored, refresh_steps
+from selectune.pipeline.run import Run
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
-from selectune.reselection import n_rescored, refresh_steps
-from selectune.run import Run
 from small_run import small_recipe
 
 ALONE = ["tune.controls=[]"]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from selectune import ground
 from selectune.errors import (
     ConfigError,
     CorruptFileError,
@@ -16,10 +15,11 @@ from selectune.errors import (
     SelectionError,
 )
 from selectune.models import Base
+from selectune.pipeline import ground
+from selectune.pipeline.run import Run
+from selectune.pipeline.verification import verify
 from selectune.progress import Silent
 from selectune.recipe import ModelSection, Recipe, load_recipe
-from selectune.run import Run
-from selectune.verification import verify
 from small_run import small_recipe
 from workspace import save_model
 

@@ -9,8 +9,8 @@ import pytest
 from selectune.cli import main
 from selectune.data import read_examples
 from selectune.errors import ConfigError, DataError, IncompatibleRunError
+from selectune.pipeline.run import Run
 from selectune.recipe import load_recipe
-from selectune.run import Run
 from small_run import small_recipe
 from workspace import write_jsonl
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from selectune.errors import ConfigError
+from selectune.pipeline.run import Run
 from selectune.recipe import load_recipe
-from selectune.run import Run
 from selectune.weights import SparseDelta, WeightMask, merge
 from small_run import small_recipe
 

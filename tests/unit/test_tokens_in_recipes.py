@@ -9,18 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 from slow_tokens import slow_kept
 
-from selectune import token_scoring
-from selectune.compare import compare
 from selectune.errors import ConfigError, CorruptFileError
 from selectune.gradients.subspace import rank_of, spectrum
 from selectune.gradients.token_scores import mean_weights
-from selectune.plan import make_plan
+from selectune.grid.compare import compare
+from selectune.pipeline import token_scoring
+from selectune.pipeline.plan import make_plan
+from selectune.pipeline.run import Run
+from selectune.pipeline.scoring import gradient_store
+from selectune.pipeline.token_scoring import keep_tokens, kept_of, token_scores
+from selectune.pipeline.verification import verify
 from selectune.progress import Silent
 from selectune.recipe import Recipe, TokensSection, TuneSection, load_recipe
-from selectune.run import Run
-from selectune.scoring import gradient_store
-from selectune.token_scoring import keep_tokens, kept_of, token_scores
-from selectune.verification import verify
 from small_run import small_recipe
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from selectune import answered
-from selectune.compare import ComparisonTable, compare
 from selectune.errors import ConfigError, DataError
+from selectune.grid.compare import ComparisonTable, compare
 from selectune.models import Base
+from selectune.pipeline import answered
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
 from small_run import small_recipe

@@ -8,8 +8,8 @@ from tiny import tiny_model, tiny_tokens
 from selectune import weights
 from selectune.errors import SelectionError
 from selectune.evaluation.transfer import RoundRobin, transfer
+from selectune.pipeline.weight_story import tell_weights
 from selectune.report.weights import trained
-from selectune.weight_story import tell_weights
 from selectune.weights.delta import SparseDelta
 from selectune.weights.mask import WeightMask
 from selectune.weights.plane import plane_of

@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from selectune.adapters import load_tuned
 from selectune.cli.weights import verify_delta
-from selectune.compare import compare
 from selectune.errors import ConfigError, CoverageError, SelectionError
 from selectune.files import open_dir
-from selectune.plan import make_plan
+from selectune.grid.compare import compare
+from selectune.pipeline.plan import make_plan
+from selectune.pipeline.run import Run
 from selectune.progress import Silent
 from selectune.recipe import Recipe, load_recipe
-from selectune.run import Run
 from selectune.training.sparse import SparseModel
 from selectune.weights import SparseDelta, WeightMask, merge
 from small_run import small_recipe

@@ -19,7 +19,7 @@ import typer
 from selectune.cli import exchange, grid, offsite, steps, tools, weights
 from selectune.cli.shell import LAUNCH
 from selectune.errors import ConfigError, SelectuneError, nearest
-from selectune.processes import take_launch
+from selectune.pipeline.processes import take_launch
 
 # peft imports bitsandbytes where it is installed, which then tells of a kernel to download.
 _TALKATIVE = "bitsandbytes.backends.cpu.ops"

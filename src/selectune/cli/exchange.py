@@ -126,7 +126,7 @@ def selection_for(tool: str, source: str, out: Path, base: str | None) -> Result
     """
     from selectune.cli.listing import Listing
     from selectune.interchange.selected import Marks, Tool, read_chosen, write_for
-    from selectune.prepare import resolve
+    from selectune.pipeline.prepare import resolve
     from selectune.recipe import load_recipe
 
     if base is not None:

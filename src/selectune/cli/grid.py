@@ -49,7 +49,7 @@ def compare(
     allowed = read_allow(allow)
 
     def action(progress: Progress) -> Result:
-        from selectune import compare as grid
+        from selectune.grid import compare as grid
 
         return grid.compare(loaded, out=Path(loaded.output), progress=progress, allow=allowed)
 
@@ -65,7 +65,7 @@ def plan(recipe: str, overrides: list[str] | None, *, as_json: bool, is_quiet: b
         return False
 
     def action(progress: Progress) -> Result:
-        from selectune.compare import plan_grid
+        from selectune.grid.compare import plan_grid
 
         return plan_grid(loaded, out=Path(loaded.output), progress=progress)
 

@@ -7,7 +7,7 @@ from typing import Any
 from selectune import registry
 from selectune.errors import TOLD, ConfigError, nearest
 from selectune.recipe import describe, describe_owner
-from selectune.recipe_words import option_rows
+from selectune.recipe.words import option_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from textwrap import dedent
 
 from selectune.cli.reference import table_row
-from selectune.recipe_words import option_rows
+from selectune.recipe.words import option_rows
 from selectune.registry import Entry, Family, methods
 
 FAMILIES: dict[Family, tuple[str, str]] = {

@@ -81,7 +81,7 @@ def emulate(
     loaded = load_owner_recipe(need_recipe(recipe, "emulate"), overrides or ())
 
     def action(progress: Progress) -> Result:
-        from selectune.emulation import Emulation
+        from selectune.pipeline.emulation import Emulation
 
         return Emulation(loaded, progress).emulate()
 
@@ -102,7 +102,7 @@ def plan(recipe: str, overrides: list[str] | None, *, as_json: bool, is_quiet: b
     loaded = load_owner_recipe(recipe, overrides or ())
 
     def action(progress: Progress) -> Result:
-        from selectune.emulation import Emulation
+        from selectune.pipeline.emulation import Emulation
 
         return Emulation(loaded, progress).plan()
 
@@ -134,7 +134,7 @@ def evaluate(
     allowed = read_allow(allow)
 
     def action(progress: Progress) -> Result:
-        from selectune.plugged import evaluate_plugged
+        from selectune.pipeline.plugged import evaluate_plugged
 
         return evaluate_plugged(
             loaded, Path(loaded.output), plugged=plugged, original=original, openly=openly,
@@ -149,8 +149,8 @@ def report(folder: Path, *, as_json: bool, is_quiet: bool) -> None:
 
     def action(_: Progress) -> Result:
         from selectune.cli.listing import Listing
-        from selectune.emulator_story import write_pages
         from selectune.offsite.emulate import OWNER, PACKAGE
+        from selectune.pipeline.emulator_story import write_pages
 
         pages = [str(page) for page in write_pages(folder, OWNER, PACKAGE)]
         return Listing({"reports": pages}, tuple(f"report: {page}" for page in pages))
@@ -196,7 +196,7 @@ def plug(
     def action(_: Progress) -> Result:
         from selectune.cli.listing import Listing
         from selectune.offsite.plugin import plug_files
-        from selectune.prepare import DemoNames
+        from selectune.pipeline.prepare import DemoNames
 
         done = plug_files(DemoNames().path(onto), plugin, owner, out)
         first = max(done.changes, key=lambda name: done.changes[name])

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Protocol, cast, runtime_checkable
 import typer
 
 from selectune.errors import ConfigError, nearest
-from selectune.processes import Launch
+from selectune.pipeline.processes import Launch
 from selectune.progress import Progress, Silent
 
 RecipeArgument = Annotated[

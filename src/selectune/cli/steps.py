@@ -23,11 +23,11 @@ from selectune.cli.shell import (
     read_allow,
 )
 from selectune.errors import ConfigError
-from selectune.processes import read_part, take_gpu
+from selectune.pipeline.processes import read_part, take_gpu
 from selectune.progress import Progress
 
 if TYPE_CHECKING:
-    from selectune.run import Run
+    from selectune.pipeline.run import Run
 
 
 # The verbs whose scoring several processes share; all others are one process's work.
@@ -254,7 +254,7 @@ def _step(
 
     def action(progress: Progress) -> Result:
         # Imported only now: a wrong recipe is told in half a second, torch takes longer.
-        from selectune.run import Run
+        from selectune.pipeline.run import Run
 
         if launch is not None:
             take_gpu(launch)

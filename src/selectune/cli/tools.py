@@ -103,8 +103,8 @@ def verify(
                 why="only a delta is made on a base",
                 do="leave --base out, or give the folder of a delta",
             )
-        from selectune import verification
         from selectune.cli.listing import Listing
+        from selectune.pipeline import verification
 
         found = verification.verify(out)
         return Listing(
@@ -134,7 +134,7 @@ def demo(
     allowed = read_allow(allow)
 
     def action(progress: Progress) -> Result:
-        from selectune.run import Run
+        from selectune.pipeline.run import Run
 
         return Run(recipe, out=Path(recipe.output), allow=allowed, progress=progress).all()
 

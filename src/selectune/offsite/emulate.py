@@ -16,10 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from selectune.data import Example, Tokens, tokenize
 from selectune.digests import digest
-from selectune.emulator_story import write_page
 from selectune.errors import ConfigError, IncompatibleRunError
 from selectune.files import is_complete, lock, open_dir, sweep
-from selectune.measure import Measured
 from selectune.models import blocks, choose_precision, fingerprint, load_base
 from selectune.offsite import manifests
 from selectune.offsite.arrangement import Arrangement
@@ -34,6 +32,8 @@ from selectune.offsite.manifests import OwnerRecord, Terms
 from selectune.offsite.outlook import Compressor, outlook
 from selectune.offsite.package import KIND, OWNER_KIND, save_package
 from selectune.offsite.work import Work
+from selectune.pipeline.emulator_story import write_page
+from selectune.pipeline.measure import Measured
 from selectune.progress import Progress, Silent
 from selectune.recipe import AdapterSection, ModelSection
 from selectune.registry import entry_of, get

@@ -6,7 +6,7 @@ from typing import Any
 from selectune import registry
 from selectune.data.tokens import fingerprint_of as fingerprint_of
 from selectune.recipe import TuneSection
-from selectune.recipe_methods import PLAIN
+from selectune.recipe.methods import PLAIN
 from selectune.training.method import Method
 
 

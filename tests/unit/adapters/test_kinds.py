@@ -16,8 +16,8 @@ from selectune.errors import ConfigError, IncompatibleRunError, SelectionError
 from selectune.evaluation import evaluate
 from selectune.gradients.engine import example_loss
 from selectune.models import Base, trainable_fingerprint
+from selectune.pipeline.run import Run
 from selectune.recipe import AdapterSection, TuneSection, load_recipe
-from selectune.run import Run
 from selectune.training import TuneResult, tune
 from small_run import small_recipe
 

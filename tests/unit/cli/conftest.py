@@ -3,6 +3,7 @@
 import sys
 import types
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from unit.cli.fakes import RECIPE, Child, FakeResult, FakeSteps
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
     fake = FakeSteps()
-    run = types.ModuleType("selectune.run")
-    compare = types.ModuleType("selectune.compare")
-    verification = types.ModuleType("selectune.verification")
+    run = types.ModuleType("selectune.pipeline.run")
+    compare = types.ModuleType("selectune.grid.compare")
+    verification = types.ModuleType("selectune.pipeline.verification")
 
     class Run:
         def __init__(
@@ -47,9 +48,14 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
         return FakeResult("compare", out)
 
     run.Run, verification.verify, compare.compare = Run, verify, compare_all
-    for name, module in (("run", run), ("verification", verification), ("compare", compare)):
+    for name, module in (
+        ("pipeline.run", run),
+        ("pipeline.verification", verification),
+        ("grid.compare", compare),
+    ):
         monkeypatch.setitem(sys.modules, f"selectune.{name}", module)
-        monkeypatch.setattr(f"selectune.{name}", module, raising=False)
+        package, _, leaf = name.rpartition(".")
+        monkeypatch.setattr(import_module(f"selectune.{package}"), leaf, module, raising=False)
     return fake
 
 

@@ -49,7 +49,7 @@ class Child:
     ) -> subprocess.Popen[str]:
         code = (
             "import sys, types, os, time, signal\n"
-            "run = types.ModuleType('selectune.run'); sys.modules['selectune.run'] = run\n"
+            "run = types.ModuleType('selectune.pipeline.run'); sys.modules[run.__name__] = run\n"
             "class Result:\n"
             "    def to_json(self): return {'step': 'all'}\n"
             "    def lines(self): return ['done']\n"

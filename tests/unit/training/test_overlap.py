@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from slow_gist import slow_overlap
 
 from selectune.errors import ConfigError
+from selectune.pipeline.run import Run
 from selectune.recipe import load_recipe
-from selectune.run import Run
 from selectune.training import TuneResult
 from selectune.training.overlap import UntilOverlap
 from small_run import small_recipe

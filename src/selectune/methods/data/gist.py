@@ -26,7 +26,7 @@ from selectune.errors import SelectionError
 from selectune.gradients.facts import GradientFacts
 from selectune.gradients.subspace import Spectrum, rank_of, spectrum
 from selectune.methods.evidence import Evidence
-from selectune.recipe_sections import RANK_RULE
+from selectune.recipe.sections import RANK_RULE
 from selectune.registry import data_scorer
 from selectune.selection import Scores
 

@@ -13,7 +13,7 @@ from selectune.errors import (
     SelectionError,
     nearest,
 )
-from selectune.recipe_checks import uncomposed
+from selectune.recipe.checks import uncomposed
 from selectune.training.sparse.channels import whole_channels
 from selectune.training.sparse.entries import DecayTo, Form
 from selectune.training.sparse.handle import Sparse

@@ -13,9 +13,9 @@ from selectune.adapters import add_adapter
 from selectune.data.tokens import Tokens
 from selectune.errors import CorruptFileError
 from selectune.files import write_file
-from selectune.ground import Ground, digest
 from selectune.methods.weights.random import random_matched
 from selectune.models import Base
+from selectune.pipeline.ground import Ground, digest
 from selectune.recipe import AdapterSection, TuneSection, WeightsSection
 from selectune.registry import get
 from selectune.training.chosen import fingerprint_of

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from selectune.arms import BASE
 from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds, together
+from selectune.grid.text_table import TextRow, text_lines
+from selectune.grid.transfer_table import TransferRow, transfer_lines
+from selectune.pipeline.arms import BASE
 from selectune.tables import aligned, signed
-from selectune.text_table import TextRow, text_lines
-from selectune.transfer_table import TransferRow, transfer_lines
 
 RANDOM = "random"
 ALL_TASKS = "mean"  # the row over all tasks together

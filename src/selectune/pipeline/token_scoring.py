@@ -25,11 +25,11 @@ from selectune.gradients.token_scores import (
     position_scores,
     task_direction,
 )
-from selectune.ground import Ground, digest
-from selectune.measure import Measured
 from selectune.models import Base, trainable_fingerprint
+from selectune.pipeline.ground import Ground, digest
+from selectune.pipeline.measure import Measured
+from selectune.pipeline.scoring import scored_model
 from selectune.recipe import Recipe, TokensSection
-from selectune.scoring import scored_model
 
 Form = Literal["loss", "position"]
 FILES = ("tokens.jsonl", "tokens.parquet")

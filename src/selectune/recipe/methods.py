@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from selectune import recipe_words as words
 from selectune import registry
 from selectune.errors import TOLD, ConfigError, nearest
-from selectune.recipe_file import Tree
+from selectune.recipe import words
+from selectune.recipe.file import Tree
 
 if TYPE_CHECKING:
     from selectune.recipe import Recipe
-    from selectune.recipe_sections import (
+    from selectune.recipe.sections import (
         EmulateSection,
         TuneChoice,
         TuneSection,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from selectune import foresee
 from selectune.data import Example
-from selectune.equip import adapter_of, scorer_of
-from selectune.foresee import Outline
-from selectune.ground import Ground
 from selectune.models import choose_device, choose_precision, load_config
+from selectune.pipeline import foresee
+from selectune.pipeline.equip import adapter_of, scorer_of
+from selectune.pipeline.foresee import Outline
+from selectune.pipeline.ground import Ground
 from selectune.recipe import TuneSection
 
 _EFFICIENCY = 0.45  # of the measured matrix product, that a whole training step reaches

@@ -10,14 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from selectune import foresee
 from selectune.data import preview
-from selectune.economy import economy_of, n_top
-from selectune.equip import adapter_of, scorer_of
-from selectune.foresee import Outline, outline, refuse_unworkable
 from selectune.gradients.products import WAITING_BYTES
 from selectune.gradients.view import View
-from selectune.ground import Ground
 from selectune.methods.evidence import ReadsCheckpoints
 from selectune.methods.rules import Budget
 from selectune.models import (
@@ -27,13 +22,18 @@ from selectune.models import (
     load_config,
     quantization_of,
 )
-from selectune.outcome import Outcome
-from selectune.prices import Prices, choosing_seconds, n_answers, training_seconds
+from selectune.pipeline import foresee
+from selectune.pipeline.economy import economy_of, n_top
+from selectune.pipeline.equip import adapter_of, scorer_of
+from selectune.pipeline.foresee import Outline, outline, refuse_unworkable
+from selectune.pipeline.ground import Ground
+from selectune.pipeline.outcome import Outcome
+from selectune.pipeline.prices import Prices, choosing_seconds, n_answers, training_seconds
+from selectune.pipeline.reselection import n_rescored
+from selectune.pipeline.warmup import epochs_run, n_checkpoints
 from selectune.recipe import ModelSection, Recipe, TuneSection
-from selectune.recipe_methods import FULL, PLAIN
+from selectune.recipe.methods import FULL, PLAIN
 from selectune.registry import Need, get
-from selectune.reselection import n_rescored
-from selectune.warmup import epochs_run, n_checkpoints
 
 _LIBRARIES_BYTES = 650 << 20  # resident after importing torch, transformers, peft and datasets
 _SAVED_PER_HIDDEN = 16  # activations kept for backward, per token and block, in hidden sizes

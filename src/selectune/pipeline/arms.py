@@ -10,18 +10,18 @@ from torch import nn
 
 from selectune.adapters import load_tuned
 from selectune.data import Example, Tokens, near_duplicates
-from selectune.equip import adapter_of, equip, mask_digest
-from selectune.ground import Ground, digest
 from selectune.methods.rules import Budget, select, target_columns
 from selectune.models import Base
-from selectune.package_recipe import layers_of
+from selectune.pipeline.equip import adapter_of, equip, mask_digest
+from selectune.pipeline.ground import Ground, digest
+from selectune.pipeline.reselection import Phases, Refresh, Source, reads_the_model, refresh_steps
+from selectune.pipeline.scoring import score_pool
+from selectune.pipeline.token_scoring import keep_tokens
 from selectune.recipe import AdapterSection, TuneSection
-from selectune.recipe_methods import FULL
+from selectune.recipe.methods import FULL
+from selectune.recipe.package import layers_of
 from selectune.registry import get
-from selectune.reselection import Phases, Refresh, Source, reads_the_model, refresh_steps
-from selectune.scoring import score_pool
 from selectune.selection import Scores, Selection
-from selectune.token_scoring import keep_tokens
 from selectune.training import TuneResult
 from selectune.training.chosen import chosen_method, fingerprint_of
 from selectune.training.tune import Phase

@@ -11,7 +11,7 @@ how they choose examples, in how they train (`tune`), or in both.
 
 With `matrix.transfer` every model is trained on one task's own examples and tested on all tasks.
 
-Each cell leaves its numbers and a recipe of its own as soon as it is done: see `selectune.cells`.
+Each cell leaves its numbers and a recipe of its own as soon as it is done (`selectune.grid.cells`).
 """
 
 import hashlib
@@ -25,10 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from selectune.answered import evaluate_arm, generate_arm, once, read_arm
-from selectune.arms import BASE, TunedArm, choose, control_selection, source_of, tune_arm
-from selectune.cells import cell_folder, replay, write_cell
-from selectune.comparison import ALL_TASKS, RANDOM, Cell, ComparisonTable, make_rows
 from selectune.data import Example, content_key
 from selectune.errors import ConfigError, DataError
 from selectune.evaluation import Evaluation, Generation
@@ -36,23 +32,27 @@ from selectune.evaluation.generic_text import GenericLoss
 from selectune.evaluation.transfer import Scoring
 from selectune.files import lock, sweep, write_file
 from selectune.files.disk import remove
-from selectune.foresee import refuse_unworkable
-from selectune.grid_plan import Work, forecast
-from selectune.grid_story import write_page
-from selectune.ground import Ground, digest
+from selectune.grid.cells import cell_folder, replay, write_cell
+from selectune.grid.plan import Work, forecast
+from selectune.grid.story import write_page
+from selectune.grid.table import ALL_TASKS, RANDOM, Cell, ComparisonTable, make_rows
+from selectune.grid.text_table import TextRow, text_rows
+from selectune.grid.transfer_table import TransferRow, transfer_rows
 from selectune.models import choose_device
-from selectune.outcome import Outcome
-from selectune.package_recipe import fitted
+from selectune.pipeline.answered import evaluate_arm, generate_arm, once, read_arm
+from selectune.pipeline.arms import BASE, TunedArm, choose, control_selection, source_of, tune_arm
+from selectune.pipeline.foresee import refuse_unworkable
+from selectune.pipeline.ground import Ground, digest
+from selectune.pipeline.outcome import Outcome
+from selectune.pipeline.record import Record
+from selectune.pipeline.reselection import Source
+from selectune.pipeline.scoring import evidence_steps, score_pool
+from selectune.pipeline.warmup import checkpoint_epochs, epochs_needed, epochs_run
 from selectune.progress import Progress
 from selectune.recipe import MatrixMethod, MatrixSection, Recipe, TuneSection
-from selectune.recipe_methods import FULL
-from selectune.record import Record
-from selectune.reselection import Source
-from selectune.scoring import evidence_steps, score_pool
+from selectune.recipe.methods import FULL
+from selectune.recipe.package import fitted
 from selectune.selection import Selection
-from selectune.text_table import TextRow, text_rows
-from selectune.transfer_table import TransferRow, transfer_rows
-from selectune.warmup import checkpoint_epochs, epochs_needed, epochs_run
 
 Tasks = tuple[str, ...]
 

@@ -23,13 +23,13 @@ from torch import nn
 from selectune.data import Tokens
 from selectune.errors import SelectionError
 from selectune.files import is_complete, open_dir, staged
-from selectune.ground import Ground, digest
 from selectune.methods.rules import Budget
 from selectune.models import Base
+from selectune.pipeline.ground import Ground, digest
+from selectune.pipeline.scoring import score_shortlist
 from selectune.recipe import TuneSection
-from selectune.recipe_methods import FULL, PLAIN
+from selectune.recipe.methods import FULL, PLAIN
 from selectune.registry import get
-from selectune.scoring import score_shortlist
 from selectune.selection import Scores, Selection
 from selectune.training import TuneResult
 from selectune.training.checkpoints import KIND as CHECKPOINT
@@ -213,7 +213,7 @@ class Phases:
 
     def _choose(self, base: Base, model: nn.Module, path: Path, made_from: str) -> None:
         # It imports this file.
-        from selectune.arms import choose
+        from selectune.pipeline.arms import choose
 
         store = path.with_name(f"{path.name}-store")
         scores = score_shortlist(

@@ -6,29 +6,25 @@ from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from selectune import recipe_words as words
 from selectune.errors import ConfigError
-from selectune.recipe_checks import contradictions
-from selectune.recipe_file import Tree, dump_yaml, read_tree
-from selectune.recipe_methods import unknown_compressor, unknown_methods
-from selectune.recipe_sections import SEED_LIMIT as SEED_LIMIT
-from selectune.recipe_sections import AdapterSection as AdapterSection
-from selectune.recipe_sections import DataSection as DataSection
-from selectune.recipe_sections import EmulateSection as EmulateSection
-from selectune.recipe_sections import EvaluateSection as EvaluateSection
-from selectune.recipe_sections import MatrixMethod as MatrixMethod
-from selectune.recipe_sections import MatrixSection as MatrixSection
-from selectune.recipe_sections import ModelSection as ModelSection
-from selectune.recipe_sections import ScoreSection as ScoreSection
-from selectune.recipe_sections import Section as Section
-from selectune.recipe_sections import Seed as Seed
-from selectune.recipe_sections import SelectSection as SelectSection
-from selectune.recipe_sections import TokensSection as TokensSection
-from selectune.recipe_sections import TuneChoice as TuneChoice
-from selectune.recipe_sections import TuneGrid as TuneGrid
-from selectune.recipe_sections import TuneSection as TuneSection
-from selectune.recipe_sections import WarmupSection as WarmupSection
-from selectune.recipe_sections import WeightsSection as WeightsSection
+from selectune.recipe import words
+from selectune.recipe.checks import contradictions
+from selectune.recipe.file import Tree, dump_yaml, read_tree
+from selectune.recipe.methods import unknown_compressor, unknown_methods
+from selectune.recipe.sections import (
+    AdapterSection,
+    DataSection,
+    EmulateSection,
+    EvaluateSection,
+    MatrixSection,
+    ModelSection,
+    ScoreSection,
+    Section,
+    Seed,
+    SelectSection,
+    TuneSection,
+    WarmupSection,
+)
 
 
 class Recipe(Section):

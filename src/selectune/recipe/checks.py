@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from selectune import recipe_words as words
 from selectune.errors import ConfigError, nearest
-from selectune.recipe_file import Tree
-from selectune.recipe_methods import BESIDE_QUANTISED, PLAIN
-from selectune.recipe_sections import (
+from selectune.recipe import words
+from selectune.recipe.file import Tree
+from selectune.recipe.methods import BESIDE_QUANTISED, PLAIN
+from selectune.recipe.sections import (
     AdapterSection,
     TuneChoice,
     TuneSection,

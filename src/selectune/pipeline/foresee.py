@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from selectune.adapters import add_adapter
-from selectune.equip import adapter_of, scorer_of
 from selectune.errors import ConfigError
-from selectune.ground import Ground
 from selectune.methods.data_layer.gast import GAST
 from selectune.models import choose_device, choose_precision, load_config, model_is_package
 from selectune.offsite.loading import outline as package_outline
+from selectune.pipeline.equip import adapter_of, scorer_of
+from selectune.pipeline.ground import Ground
 from selectune.recipe import ModelSection, TuneSection
-from selectune.recipe_methods import PLAIN
+from selectune.recipe.methods import PLAIN
 from selectune.registry import get
 from selectune.training.chosen import chosen_method, options_of
 from selectune.training.layer_sampling import count_of as layers_of

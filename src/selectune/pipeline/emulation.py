@@ -26,8 +26,8 @@ from selectune.offsite.emulate import (
 from selectune.offsite.layout import Layout
 from selectune.offsite.manifests import Terms
 from selectune.offsite.outlook import Outlook, outlook
-from selectune.outcome import Outcome
-from selectune.prepare import DemoNames, read_tasks
+from selectune.pipeline.outcome import Outcome
+from selectune.pipeline.prepare import DemoNames, read_tasks
 from selectune.progress import Progress
 from selectune.recipe import AdapterSection, ModelSection, OwnerRecipe
 

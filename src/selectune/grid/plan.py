@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from selectune.foresee import Outline, outline
-from selectune.ground import Ground
 from selectune.methods.rules import Budget
-from selectune.outcome import Outcome
-from selectune.plan import cost_table, training_bytes
-from selectune.prices import Prices, choosing_seconds, n_answers, training_seconds
+from selectune.pipeline.foresee import Outline, outline
+from selectune.pipeline.ground import Ground
+from selectune.pipeline.outcome import Outcome
+from selectune.pipeline.plan import cost_table, training_bytes
+from selectune.pipeline.prices import Prices, choosing_seconds, n_answers, training_seconds
+from selectune.pipeline.reselection import n_rescored
+from selectune.pipeline.scoring import evidence_steps
+from selectune.pipeline.warmup import epochs_run
 from selectune.recipe import MatrixMethod, TuneSection
-from selectune.recipe_methods import FULL
+from selectune.recipe.methods import FULL
 from selectune.registry import get
-from selectune.reselection import n_rescored
-from selectune.scoring import evidence_steps
 from selectune.training.chosen import chosen_method
-from selectune.warmup import epochs_run
 
 _PER_SEED = ("warmup", "gradients")  # what a seed has of its own; the rest serves all
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from selectune.errors import ConfigError, nearest
-from selectune.recipe_file import Tree, Where, dotted, short
+from selectune.recipe.file import Tree, Where, dotted, short
 
 Path = Where
 

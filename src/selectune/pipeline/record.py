@@ -13,9 +13,9 @@ import yaml
 
 from selectune.errors import CorruptFileError, IncompatibleRunError
 from selectune.files import sha256_file, write_file
-from selectune.measure import Measured
+from selectune.pipeline.measure import Measured
+from selectune.pipeline.verification import FORMAT, check_file, read_run
 from selectune.recipe import Recipe
-from selectune.verification import FORMAT, check_file, read_run
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 

@@ -8,19 +8,19 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from selectune.answered import evaluate_arm
-from selectune.arms import BASE, SELECTED
 from selectune.errors import ConfigError
 from selectune.evaluation import Evaluation
 from selectune.files import lock, sweep, write_file
-from selectune.ground import Ground
 from selectune.models import model_is_package
 from selectune.offsite.standing import Standing, Who, standing
-from selectune.prepare import DemoNames
+from selectune.pipeline.answered import evaluate_arm
+from selectune.pipeline.arms import BASE, SELECTED
+from selectune.pipeline.ground import Ground
+from selectune.pipeline.prepare import DemoNames
+from selectune.pipeline.run import Run, need_heldout
+from selectune.pipeline.verification import read_run
 from selectune.progress import Progress
 from selectune.recipe import Recipe, load_recipe
-from selectune.run import Run, need_heldout
-from selectune.verification import read_run
 
 STANDING = "standing.json"
 

@@ -16,17 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selectune.adapters import adapter_fingerprint, checkpoints_fingerprint, load_tuned
-from selectune.answered import evaluate_arm
-from selectune.arms import (
-    BASE,
-    SELECTED,
-    TunedArm,
-    choose,
-    control_selection,
-    source_of,
-    tune_arm,
-)
-from selectune.economy import told_fast
 from selectune.errors import ConfigError, CorruptFileError, DataError
 from selectune.evaluation import Evaluation, Verdict, check_questions, together, verdict
 from selectune.files import (
@@ -42,31 +31,35 @@ from selectune.files import (
     sweep,
     write_file,
 )
-from selectune.foresee import refuse_unworkable
-from selectune.ground import Ground, digest
 from selectune.interchange.scores import MEANING
-from selectune.measure import Measured
 from selectune.methods.evidence import ReadsCheckpoints
 from selectune.methods.rules import Budget
 from selectune.models import choose_device, choose_precision, model_is_package
 from selectune.offsite.plugin_files import KIND as PLUGIN_KIND
 from selectune.offsite.plugin_saving import save_plugin
-from selectune.outcome import Outcome
-from selectune.package_recipe import fitted
-from selectune.plan import make_plan
-from selectune.processes import Part
-from selectune.progress import Progress, Silent
-from selectune.recipe import Recipe
-from selectune.recipe_methods import PLAIN
-from selectune.record import Record
-from selectune.registry import get
-from selectune.report import write_report
-from selectune.reselection import Source
-from selectune.scoring import score_pool, share_passes, shares_passes
-from selectune.selection import Scores, Selection
-from selectune.story import tell
-from selectune.token_scoring import FILES as TOKENS
-from selectune.token_scoring import (
+from selectune.pipeline.answered import evaluate_arm
+from selectune.pipeline.arms import (
+    BASE,
+    SELECTED,
+    TunedArm,
+    choose,
+    control_selection,
+    source_of,
+    tune_arm,
+)
+from selectune.pipeline.economy import told_fast
+from selectune.pipeline.foresee import refuse_unworkable
+from selectune.pipeline.ground import Ground, digest
+from selectune.pipeline.measure import Measured
+from selectune.pipeline.outcome import Outcome
+from selectune.pipeline.plan import make_plan
+from selectune.pipeline.processes import Part
+from selectune.pipeline.record import Record
+from selectune.pipeline.reselection import Source
+from selectune.pipeline.scoring import score_pool, share_passes, shares_passes
+from selectune.pipeline.story import tell
+from selectune.pipeline.token_scoring import FILES as TOKENS
+from selectune.pipeline.token_scoring import (
     Form,
     named,
     rank_rule,
@@ -74,7 +67,14 @@ from selectune.token_scoring import (
     token_scores,
     write_tokens,
 )
-from selectune.warmup import warmup_tuning
+from selectune.pipeline.warmup import warmup_tuning
+from selectune.progress import Progress, Silent
+from selectune.recipe import Recipe
+from selectune.recipe.methods import PLAIN
+from selectune.recipe.package import fitted
+from selectune.registry import get
+from selectune.report import write_report
+from selectune.selection import Scores, Selection
 
 SCORES = "scores.parquet"
 CLAIMS = ".claims"

@@ -18,11 +18,11 @@ from selectune.errors import ConfigError
 from selectune.files import KillPoint, is_complete, kill_point, open_dir
 from selectune.files.disk import remove
 from selectune.gradients.adam import Moments
-from selectune.ground import Ground, digest
 from selectune.methods.evidence import ReadsCheckpoints
 from selectune.models import Base
+from selectune.pipeline.ground import Ground, digest
 from selectune.recipe import Recipe, TuneSection
-from selectune.recipe_methods import FULL, PLAIN
+from selectune.recipe.methods import FULL, PLAIN
 from selectune.registry import Entry, get
 from selectune.training.checkpoints import KIND
 from selectune.training.overlap import UntilOverlap

@@ -12,7 +12,6 @@ from torch import nn
 
 from selectune.adapters import adapter_fingerprint, checkpoints_fingerprint
 from selectune.data import Tokens
-from selectune.economy import Economy, economy_of, only_layers, probe_of, told_fast
 from selectune.errors import IncompatibleRunError, SelectionError
 from selectune.files import open_dir, staged
 from selectune.files.disk import remove
@@ -23,15 +22,13 @@ from selectune.gradients.projection import Projection
 from selectune.gradients.states import state_similarity
 from selectune.gradients.store import Beside, GradientStore, StoredPool, Target, Worked
 from selectune.gradients.view import View
-from selectune.ground import Ground, digest
-from selectune.measure import Measured
 from selectune.methods.evidence import Evidence, ReadsCheckpoints
 from selectune.models import Base, fingerprint, trainable_fingerprint
-from selectune.ranks import rank_correlation
-from selectune.recipe import Recipe
-from selectune.registry import Entry, Need, get
-from selectune.selection import Scores
-from selectune.warmup import (
+from selectune.pipeline.economy import Economy, economy_of, only_layers, probe_of, told_fast
+from selectune.pipeline.ground import Ground, digest
+from selectune.pipeline.measure import Measured
+from selectune.pipeline.ranks import rank_correlation
+from selectune.pipeline.warmup import (
     Warmed,
     checkpoint_epochs,
     keep_epochs,
@@ -41,6 +38,9 @@ from selectune.warmup import (
     warm_up,
     warmed_model,
 )
+from selectune.recipe import Recipe
+from selectune.registry import Entry, Need, get
+from selectune.selection import Scores
 
 _STEPS: dict[Need, str] = {"losses": "losses", "hidden_states": "states"}
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from selectune.arms import SELECTED, TunedArm
 from selectune.data import Example
-from selectune.economy import told_fast
 from selectune.evaluation import Evaluation, Metric, Verdict, compare_paired, mean_interval
-from selectune.ground import Ground
-from selectune.ranks import rank_correlation
+from selectune.pipeline.arms import SELECTED, TunedArm
+from selectune.pipeline.economy import told_fast
+from selectune.pipeline.ground import Ground
+from selectune.pipeline.ranks import rank_correlation
+from selectune.pipeline.warmup import epochs_run, n_warmup_steps
+from selectune.pipeline.weight_story import tell_weights
 from selectune.registry import get
 from selectune.report import (
     Difference,
@@ -28,8 +30,6 @@ from selectune.report import (
 from selectune.report import Verdict as Told
 from selectune.report.weight_facts import WeightFacts
 from selectune.selection import Scores, Selection
-from selectune.warmup import epochs_run, n_warmup_steps
-from selectune.weight_story import tell_weights
 from selectune.weights.delta import SparseDelta
 
 _SHOWN = 8

@@ -14,8 +14,8 @@ from selectune.data import Example
 from selectune.evaluation import Evaluation, Generation, evaluate, generate_answers
 from selectune.evaluation.generic_text import GenericLoss, generic_loss
 from selectune.files import KillPoint, kill_point, open_dir, staged
-from selectune.ground import Ground, digest
 from selectune.models import Base, choose_device, choose_precision
+from selectune.pipeline.ground import Ground, digest
 
 Questions = Mapping[str, Sequence[Example]]  # by task
 Load = Callable[[], tuple[Base, nn.Module]]

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from selectune.recipe_methods import PLAIN
-from selectune.recipe_words import Like
+from selectune.recipe.methods import PLAIN
+from selectune.recipe.words import Like
 
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], Field(min_length=1)]

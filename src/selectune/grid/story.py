@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selectune.cells import CELLS
-from selectune.comparison import ComparisonTable, Row
 from selectune.evaluation import Interval
 from selectune.evaluation.estimate import Estimate
+from selectune.grid.cells import CELLS
+from selectune.grid.table import ComparisonTable, Row
 from selectune.report.grid import write_grid_report
 from selectune.report.grid_facts import Ends, GridCell, GridFacts, TextFacts
 from selectune.report.weight_facts import TransferFacts

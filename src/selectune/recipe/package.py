@@ -3,11 +3,11 @@
 from typing import Any, TypeVar
 
 from selectune.adapters.add import LORA_MODULES
-from selectune.equip import scorer_of
 from selectune.errors import ConfigError
 from selectune.models import adapter_layers, model_is_package
 from selectune.offsite.loading import manifest_of, outline
 from selectune.offsite.manifests import Form, PublicManifest
+from selectune.pipeline.equip import scorer_of
 from selectune.recipe import AdapterSection, Recipe, TuneChoice, TuneSection, WeightsSection
 from selectune.weights.eligible import eligible_weights
 

@@ -19,7 +19,6 @@ from selectune.files.disk import remove
 from selectune.gradients.facts import StateFacts
 from selectune.gradients.store import StoredPool
 from selectune.gradients.view import View
-from selectune.measure import Measured
 from selectune.models import (
     Base,
     choose_device,
@@ -28,7 +27,15 @@ from selectune.models import (
     load_tokenizer,
     model_is_package,
 )
-from selectune.prepare import Assets, Prepared, PreparedTokens, read_data, resolve, tokenize_all
+from selectune.pipeline.measure import Measured
+from selectune.pipeline.prepare import (
+    Assets,
+    Prepared,
+    PreparedTokens,
+    read_data,
+    resolve,
+    tokenize_all,
+)
 from selectune.progress import Progress
 from selectune.recipe import Recipe, TuneSection
 from selectune.training import TuneResult, tune
