@@ -57,7 +57,7 @@ def test_tokens_add_up_to_the_products_in_the_store(copied: Path, form: str) -> 
     stored = gradient_store(run.ground)
     facts = stored.of_task("colours")
     directions = spectrum(facts.gram)
-    w = mean_weights(directions, rank_of("energy:0.95", directions, facts.gram))
+    w = mean_weights(directions, rank_of("energy:0.95", directions, facts.gram, facts.target_ids))
     by_id = dict(zip(stored.ids, facts.dots @ w, strict=True))
     scale = max(abs(by_id[row["id"]]) for row in table)
     for row in table:
