@@ -54,7 +54,7 @@ class Economy:
         return choose_precision(self.precision, base.device)
 
 
-# Where benchmarks/fast.py found that a cheaper pass starts to rank otherwise.
+# A guess at where a cheaper pass starts to rank otherwise, for benchmarks/fast.py to settle.
 KNEE = Economy(layers="top:25%", max_length=128, precision="auto")
 
 
