@@ -94,11 +94,11 @@ def load_base(section: ModelSection, *, adapter: AdapterSection, as_stored: bool
     # First, so that nothing of a package is used before all of it was checked.
     emulator = _emulator(section, held) if model_is_package(section.base) else None
     tokenizer = load_tokenizer(section)
-    is_quantised = quantization_of(section) is not None
-    if is_quantised:
-        _refuse_quantised(section, adapter, as_stored=as_stored)
-    model: Any = emulator or _causal_lm(section, held)
-    if is_quantised:
+    how = quantization_of(section)
+    if how is not None:
+        _refuse_quantised(section, how, adapter, as_stored=as_stored)
+    model: Any = emulator or _causal_lm(section, held, is_quantised=how is not None)
+    if how is not None:
         _refuse_repacking(model, device)
     else:
         model.to(device)  # quantised weights were put there as they were read
@@ -126,8 +126,10 @@ def quantization_of(section: ModelSection) -> str | None:
     return str(cast("dict[str, Any]", told).get("quant_method", "unknown"))
 
 
-def _refuse_quantised(section: ModelSection, adapter: AdapterSection, *, as_stored: bool) -> None:
-    how, asked = quantization_of(section), section.quantization is not None
+def _refuse_quantised(
+    section: ModelSection, how: str, adapter: AdapterSection, *, as_stored: bool
+) -> None:
+    asked = section.quantization is not None
     where = "model.quantization" if asked else "model.base"
     if adapter.kind not in BESIDE_QUANTISED or as_stored or model_is_package(section.base):
         raise ConfigError(
@@ -181,9 +183,9 @@ def _refuse_repacking(model: nn.Module, device: torch.device) -> None:
             )
 
 
-def _causal_lm(section: ModelSection, held: torch.dtype | str) -> nn.Module:
+def _causal_lm(section: ModelSection, held: torch.dtype | str, *, is_quantised: bool) -> nn.Module:
     more: dict[str, Any] = {}
-    if quantization_of(section) is not None:
+    if is_quantised:
         more["device_map"] = {"": choose_device(section.device)}
     if section.quantization is not None:
         more["quantization_config"] = BitsAndBytesConfig(

@@ -11,6 +11,7 @@ from selectune.pipeline.arms import SELECTED, TunedArm
 from selectune.pipeline.economy import told_fast
 from selectune.pipeline.ground import Ground
 from selectune.pipeline.ranks import rank_correlation
+from selectune.pipeline.scoring import shares_passes
 from selectune.pipeline.warmup import epochs_run, n_warmup_steps
 from selectune.pipeline.weight_story import tell_weights
 from selectune.registry import get
@@ -306,8 +307,7 @@ def _warnings(ground: Ground, scores: Scores, selection: Selection) -> list[str]
     top = max(set(sources), key=sources.count)
     if len(set(ground.prepared.sources.values())) > 1 and sources.count(top) > 0.9 * len(sources):
         found.append(f"{sources.count(top) / len(sources):.0%} of the selection come from {top}.")
-    takes_gradients = {"gradients", "checkpoints"} & get("data_scorer", scores.method).needs
-    if takes_gradients and ground.recipe.model.adapter is None:
+    if shares_passes(scores.method) and ground.recipe.model.adapter is None:
         n = n_warmup_steps(ground)
         if n == 0:
             found.append("The adapter was never warmed up: scores rest on lora_B alone.")
