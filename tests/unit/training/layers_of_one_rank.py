@@ -1,15 +1,14 @@
 """One of two processes that train with a layer sampler under DDP; a test starts both."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from deep import deep_trainable
 from tiny import tiny_tokens
-from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ranks import be_rank
 from selectune.methods.layers.ist import IST
 from selectune.methods.layers.ows import OWS
 from selectune.training.method import Method
@@ -18,8 +17,6 @@ from selectune.training.sources import TokenSource
 
 def main(folder: Path, rank: int, n: int) -> None:
     """Train a few steps, each process on its share of the batch, and write down what happened."""
-    if n > 1:
-        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=n)
     pool = TokenSource(tiny_tokens(20, seed=4), pad_id=0)
     methods: dict[str, Method] = {
         "ist": IST(interval=2, layers=2, probe_batch=5, reward="neg_loss"),
@@ -47,9 +44,7 @@ def main(folder: Path, rank: int, n: int) -> None:
             "weights": [float(p.double().sum()) for p in trained],
         }
     (folder / f"{n}-{rank}.json").write_text(json.dumps(found))
-    if n > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    be_rank(main)

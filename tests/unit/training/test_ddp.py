@@ -1,12 +1,9 @@
 """Two processes under DDP against one with the joint batch.
 
-The file is its own child: `python test_ddp.py RANK FOLDER` trains one of the two processes.
+The file is its own child: `python test_ddp.py FOLDER RANK N` trains one of the two processes.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,9 +16,10 @@ from loops import loop_gradients
 from safetensors.torch import load_file, save_file
 from slow_gast import batch_loss, parts, slow_layers, slow_mean, slow_target, slow_weights
 from tiny import tiny_tokens, tiny_trainable
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ranks import be_rank, run_ranks
 from selectune import GAST, GREATS
 from selectune.data import Tokens, collate
 from selectune.errors import ConfigError
@@ -107,18 +105,13 @@ def refusals() -> list[str]:
     return found
 
 
-def child(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD
-    )
+def child(folder: Path, rank: int, n: int) -> None:
     facts: dict[str, Any] = {"refusals": refusals()}
     for name, case in CASES.items():
         gradients, target, facts[name] = take_gradients(case, SHARES, rank)
         save_file(gradients, folder / f"{name} gradients {rank}")
         save_file(target, folder / f"{name} target {rank}")
     (folder / f"facts {rank}").write_text(json.dumps(facts), encoding="utf-8")
-    distributed.destroy_process_group()
 
 
 @dataclass
@@ -135,31 +128,7 @@ class Found:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("ddp")
-    tests = Path(__file__).parents[2]
-    paths = [str(tests / "reference"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONWARNINGS": "ignore",  # tests of one process see to them
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        outputs = [process.communicate(timeout=180)[0] for process in children]
-    finally:
-        for process in children:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in children] == [0, 0], "\n".join(outputs)
+    run_ranks(Path(__file__), folder)
     facts = [json.loads((folder / f"facts {rank}").read_text()) for rank in range(WORLD)]
     return Found(folder, facts)
 
@@ -259,4 +228,4 @@ def test_what_cannot_be_split_is_refused(found: Found) -> None:
 
 
 if __name__ == "__main__":
-    child(int(sys.argv[1]), Path(sys.argv[2]))
+    be_rank(child)

@@ -4,9 +4,6 @@ import copy
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from ranks import PAIR, run_ranks
 from selectune.adapters.add import quiet
 from selectune.data import Batch
 from selectune.errors import ConfigError, IncompatibleRunError, SelectionError
@@ -705,17 +703,7 @@ def test_the_rigged_probe_of_a_session_moves_u(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_two_processes_choose_and_learn_as_one(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    search = [str(here.parents[1] / part) for part in ("../src", ".", "reference")]
-    paths = os.pathsep.join([*search, os.environ.get("PYTHONPATH", "")])
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(here / "layers_of_one_rank.py"), str(tmp_path), str(rank), str(n)],
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-        for rank, n in ((0, 2), (1, 2), (0, 1))
-    ]
-    assert [child.wait(timeout=300) for child in children] == [0, 0, 0]
+    run_ranks(Path(__file__).parent / "layers_of_one_rank.py", tmp_path, (*PAIR, (0, 1)))
     first, second, alone = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("2-0", "2-1", "1-0")
     )

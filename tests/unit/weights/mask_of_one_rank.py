@@ -1,19 +1,16 @@
 """One of several processes that score weights together; a test starts them."""
 
-import sys
 from pathlib import Path
 
 from tiny import tiny_model, tiny_tokens
-from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ranks import be_rank
 from selectune import weights
 
 
 def main(folder: Path, rank: int, n: int) -> None:
     """Save the masks that this process finds, and the gradients behind them."""
-    if n > 1:
-        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=n)
     model = tiny_model("llama")
     wrapped = DistributedDataParallel(model) if n > 1 else model
     pool = tiny_tokens(11, seed=4)
@@ -29,9 +26,7 @@ def main(folder: Path, rank: int, n: int) -> None:
         (folder / f"{name}-{n}-{rank}.txt").write_text(
             repr([float(t.double().abs().sum()) for t in found.values()])
         )
-    if n > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    be_rank(main)

@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from tiny import tiny_model, tiny_tokens, tiny_trainable
 from torch import Tensor, nn
 
+from ranks import PAIR, run_ranks
 from selectune.data import Tokens
 from selectune.errors import DataError, SelectionError, StorageError, TrainingError
 from selectune.registry import WeightNeed
@@ -245,16 +243,7 @@ def test_drift_is_what_fine_tuning_changed() -> None:
 
 
 def test_masks_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parents[1] / "reference"), os.environ.get("PYTHONPATH", "")])
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(here / "mask_of_one_rank.py"), str(tmp_path), str(rank), str(n)],
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-        for rank, n in ((0, 2), (1, 2), (0, 1))
-    ]
-    assert [child.wait(timeout=300) for child in children] == [0, 0, 0]
+    run_ranks(Path(__file__).parent / "mask_of_one_rank.py", tmp_path, (*PAIR, (0, 1)))
     for name in ("gallop", "token", "fisher", "sift"):
         first, second, alone = (
             WeightMask.load(tmp_path / f"{name}-{which}") for which in ("2-0", "2-1", "1-0")

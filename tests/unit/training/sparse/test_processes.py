@@ -1,12 +1,9 @@
 """Chosen entries in two processes, under DDP and FSDP2, against one with the joint batch.
 
-The file is its own child: `python test_processes.py RANK FOLDER` is one of the two processes.
+The file is its own child: `python test_processes.py FOLDER RANK N` is one of the two processes.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from ranks import be_rank, run_ranks
 from selectune.data import collate
 from selectune.errors import CoverageError, TrainingError
 from selectune.models import blocks
@@ -131,11 +129,7 @@ def refusals() -> list[str]:
     return said
 
 
-def child(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD
-    )
+def child(folder: Path, rank: int, n: int) -> None:
     facts: dict[str, object] = {}
     for route in ROUTES:
         model, facts[route] = train(route, rank)
@@ -144,37 +138,12 @@ def child(rank: int, folder: Path) -> None:
     for case in SHARDED:
         train_sharded(case, rank, folder)
     (folder / f"facts {rank}").write_text(json.dumps(facts), encoding="utf-8")
-    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    tests = Path(__file__).parents[3]
-    paths = [str(tests / "reference"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONWARNINGS": "ignore",  # tests of one process see to them
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in children]
-    finally:
-        for process in children:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in children] == [0, 0], "\n".join(outputs)
+    run_ranks(Path(__file__), folder, timeout=600)
     return folder
 
 
@@ -232,4 +201,4 @@ def test_sharded_processes_train_and_save_what_one_would(
 
 
 if __name__ == "__main__":
-    child(int(sys.argv[1]), Path(sys.argv[2]))
+    be_rank(child)

@@ -1,23 +1,19 @@
 """SpIEL in two processes under DDP: -MA grows what one process would, -AG is refused.
 
-The file is its own child: `python test_spiel_processes.py RANK FOLDER` is one of the processes.
+The file is its own child: `python test_spiel_processes.py FOLDER RANK N` is one of the processes.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from slow_gast import batch_loss
 from slow_sparse import bits, is_matrix, mask_of
 from tiny import tiny_model, tiny_tokens
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from ranks import be_rank, run_ranks
 from selectune.data import collate
 from selectune.errors import ConfigError
 from selectune.methods.sparse.spiel_ag import SpielAG
@@ -61,43 +57,15 @@ def refusal() -> str:
         return str(error)
 
 
-def child(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD
-    )
+def child(folder: Path, rank: int, n: int) -> None:
     model = train(rank)
     save_file(bits(model), folder / f"weights {rank}")
     save_file(dict(model.sparse.mask.indices), folder / f"entries {rank}")
     (folder / f"facts {rank}").write_text(json.dumps(refusal()), encoding="utf-8")
-    distributed.destroy_process_group()
 
 
 def test_two_processes_grow_what_one_would(tmp_path: Path) -> None:
-    tests = Path(__file__).parents[3]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(tests / "reference"), os.environ.get("PYTHONPATH", "")]),
-        "PYTHONWARNINGS": "ignore",  # tests of one process see to them
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in children]
-    finally:
-        for process in children:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in children] == [0, 0], "\n".join(outputs)
+    run_ranks(Path(__file__), tmp_path)
     model = train(None)
     assert model.sparse.about["n_exchanged"] > 0.8 * model.sparse.n_chosen
     for rank in range(WORLD):
@@ -109,4 +77,4 @@ def test_two_processes_grow_what_one_would(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    child(int(sys.argv[1]), Path(sys.argv[2]))
+    be_rank(child)
