@@ -9,18 +9,26 @@ from tiny import tiny_tokens, tiny_trainable
 
 from selectune.data import Tokens
 from selectune.errors import CorruptFileError, DataError, IncompatibleRunError
+from selectune.files import disk
 from selectune.gradients import products as products_module
 from selectune.gradients import store as store_module
 from selectune.gradients.engine import GradientEngine
-from selectune.gradients.store import GradientStore, StoredPool, Target
+from selectune.gradients.store import Beside, GradientStore, StoredPool, Target
 from selectune.progress import Silent
 
 POOL = [Tokens(f"z{k}", t.input_ids, t.is_target) for k, t in enumerate(tiny_tokens(12, 1))]
 TARGETS = [Target(t, "task", "") for t in tiny_tokens(4, 2)]
 
 
-def compute(path: Path, *, name: str = "", targets: list[Target] = TARGETS) -> StoredPool:
-    return GradientStore(path, {"name": name}).compute(
+def compute(
+    path: Path,
+    *,
+    name: str = "",
+    targets: list[Target] = TARGETS,
+    beside: GradientStore | None = None,
+) -> StoredPool:
+    store = GradientStore(path, {"name": name})
+    store.work(
         GradientEngine(tiny_trainable("llama", "lora")),
         POOL,
         targets,
@@ -28,11 +36,21 @@ def compute(path: Path, *, name: str = "", targets: list[Target] = TARGETS) -> S
         token_budget=30,
         shard_examples=3,
         progress=Silent(),
+        beside=[] if beside is None else [Beside(beside, None, None)],
     )
+    return store.load(targets)
 
 
 class StoppedError(Exception):
     """A kill between two shards."""
+
+
+def stopped(_: object) -> None:
+    raise StoppedError
+
+
+def refused(*_: object) -> None:
+    raise PermissionError(1, "no links here")
 
 
 def stop_after(n_shards: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +78,27 @@ def test_a_pass_that_goes_on_equals_one_that_never_stopped(
     assert resumed.facts.dots.tobytes() == whole.facts.dots.tobytes()
     assert resumed.facts.norms.tobytes() == whole.facts.norms.tobytes()
     assert not (tmp_path / "cut/directions.bin").exists()
+
+
+@pytest.mark.parametrize("lost", ["own", "other", "neither", "no second names"])
+def test_a_pass_beside_takes_its_targets_from_this_one(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compute(tmp_path / "whole").facts
+    other = GradientStore(tmp_path / "other", {"name": "other"})
+    if lost == "no second names":
+        monkeypatch.setattr(disk.os, "link", refused)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "kill_point", stopped)
+        with pytest.raises(StoppedError):
+            compute(tmp_path / "own", beside=other)
+    if lost in ("own", "other"):
+        (tmp_path / lost / "directions.bin").unlink()
+    found = compute(tmp_path / "own", beside=other), other.load(TARGETS)
+    for pool in found:
+        assert pool.facts.dots.tobytes() == whole.dots.tobytes()
+        assert pool.facts.gram.tobytes() == whole.gram.tobytes()
+    assert not list(tmp_path.glob("*/directions.bin"))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])

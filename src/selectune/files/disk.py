@@ -141,6 +141,20 @@ def write_new(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
+def share_file(source: Path, to: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no second names.
+
+    Raises:
+        StorageError: neither can be made.
+    """
+    with storage_errors(to):
+        to.unlink(missing_ok=True)
+        try:
+            os.link(source, to)
+        except OSError:
+            shutil.copyfile(source, to)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder; a folder stops being a result with the first name it loses."""
     if path.is_dir() and not path.is_symlink():

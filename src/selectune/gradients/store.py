@@ -39,7 +39,7 @@ from selectune.files import (
     sha256_file,
     staged,
 )
-from selectune.files.disk import remove
+from selectune.files.disk import remove, share_file
 from selectune.gradients.adam import AdamSteps
 from selectune.gradients.directions import Directions
 from selectune.gradients.engine import GradientEngine
@@ -216,7 +216,8 @@ class GradientStore:
                 own = Beside(self, adam, projection)
                 products = [
                     (one.store, stack.enter_context(one.store._aimed(
-                        engine, pool, targets, shards, pad_id, progress, one
+                        engine, pool, targets, shards, pad_id, progress, one,
+                        twin=None if one is own else self,
                     )))
                     for one in (own, *beside)
                 ]  # fmt: skip
@@ -256,11 +257,21 @@ class GradientStore:
         pad_id: int,
         progress: Progress,
         how: Beside,
+        *,
+        twin: "GradientStore | None",
     ) -> Generator[Products]:
-        """Run the targets where they are missing, and open what pool gradients meet them in."""
-        with self._room(engine, len(pool), len(targets)) as directions:
+        """Run the targets where they are missing, and open what pool gradients meet them in.
+
+        Those that `twin` has run of the same targets at the same model are taken from there.
+        """
+        with self._room(engine, len(pool), len(targets), twin) as directions:
             if not self._has("targets", "targets"):
-                self._run_targets(engine, targets, directions, pad_id, progress, how.projection)
+                if twin is None:
+                    losses = self._run_targets(engine, targets, directions, pad_id, progress)
+                else:
+                    table = twin._open("targets", "targets").read_table("targets.parquet")
+                    losses = table["loss"].to_pylist()
+                self._write_targets(engine, targets, losses, directions, how.projection)
             else:
                 _probe_as_the_first(engine, targets, pool, shards, pad_id)
             yield self._products(engine, directions, how.adam, how.projection)
@@ -384,16 +395,27 @@ class GradientStore:
     def _part(self, name: str) -> str:
         return f"{self.path.name}/{name}"
 
-    def _room(self, engine: GradientEngine, n_pool: int, n_targets: int) -> Directions:
-        """Make room for the pass, and open its target gradients where they are still good."""
-        sizes = {name: p.numel() for name, p in engine.parameters.items()}
-        n_bytes = 4 * n_targets * (sum(sizes.values()) + n_pool) + 64 * n_pool
+    def _room(
+        self,
+        engine: GradientEngine,
+        n_pool: int,
+        n_targets: int,
+        twin: "GradientStore | None",
+    ) -> Directions:
+        """Make room for the pass, and open its target gradients where they are still good.
+
+        Missing ones are those of `twin`, where there is one.
+        """
         file = self._directions
-        there = file.stat().st_size if file.exists() else 0
-        check_free_space(self.path, max(0, n_bytes - there))
         self.path.mkdir(parents=True, exist_ok=True)
         if self._has("targets", "targets"):
             self._check_directions()
+        if twin is not None and not self._has("targets", "targets"):
+            share_file(twin._directions, file)
+        sizes = {name: p.numel() for name, p in engine.parameters.items()}
+        n_bytes = 4 * n_targets * (sum(sizes.values()) + n_pool) + 64 * n_pool
+        there = file.stat().st_size if file.exists() else 0
+        check_free_space(self.path, max(0, n_bytes - there))
         return Directions(file, sizes, n_targets, _device(engine))
 
     def _shard(
@@ -479,8 +501,8 @@ class GradientStore:
         directions: Directions,
         pad_id: int,
         progress: Progress,
-        projection: Projection | None,
-    ) -> None:
+    ) -> list[float]:
+        """Write target gradients into `directions`, and return the losses of the targets."""
         losses: list[float] = []
         with progress.phase("target gradients", len(targets), "examples") as advance:
             for first in range(0, len(targets), _TARGET_BATCH):
@@ -492,6 +514,17 @@ class GradientStore:
 
                 losses += engine.run(batch, keep).tolist()
                 advance(len(some))
+        return losses
+
+    def _write_targets(
+        self,
+        engine: GradientEngine,
+        targets: Sequence[Target],
+        losses: Sequence[float],
+        directions: Directions,
+        projection: Projection | None,
+    ) -> None:
+        """Write what the pass keeps of its targets once their gradients are in `directions`."""
         if projection is None:
             tensors = {"gram": directions.gram()}
         else:
