@@ -1,10 +1,11 @@
 """How much cheaper can a scoring pass be before it ranks the pool otherwise?
 
 GIST on the demo's model, pool and several of its target tasks, after the demo's own warm-up. Every
-setting scores the same examples in turns: the top layers alone, a shorter context, bfloat16, and
-some of them together. Cost is the time of targets and pool together, as medians over neighbours of
-the ratio to full gradients in float32; beside it stand Spearman's correlation with the full scores
-and the share of their best 5 % that is found again, for each task the worst.
+setting scores the same examples in turns: the top layers alone, a context that leaves a share of
+the examples whole, bfloat16, and some of them together. Cost is the time of targets and pool
+together, as medians over neighbours of the ratio to full gradients in float32; beside it stand
+Spearman's correlation with the full scores and the share of their best 5 % that is found again, for
+each task the worst.
 
     python benchmarks/fast.py [--quick] [--tasks csqa siqa piqa]
 
@@ -36,7 +37,7 @@ from selectune.methods.data.gist import GistOptions
 from selectune.methods.data.gist import score as gist
 from selectune.methods.evidence import Evidence
 from selectune.models import Base
-from selectune.pipeline.economy import Economy, only_layers
+from selectune.pipeline.economy import Economy, length_of, only_layers
 from selectune.pipeline.ground import Ground
 from selectune.pipeline.ranks import rank_correlation
 from selectune.pipeline.scoring import targets
@@ -57,30 +58,29 @@ class Setting:
     Args:
         dtype: of the base weights and of autocast.
         layers: as in `Economy`.
-        max_length: as in `Economy`.
+        whole: share of examples that stay whole.
     """
 
     dtype: str
     layers: str | None = None
-    max_length: int | None = None
+    whole: str | None = None
 
     def __str__(self) -> str:
-        length = "" if self.max_length is None else f"{self.max_length} tokens"
+        length = "" if self.whole is None else f"{self.whole} whole"
         return ", ".join(part for part in (self.dtype, self.layers, length) if part)
 
 
 FULL = Setting("float32")
 SETTINGS = (
     FULL,
-    *(Setting("float32", layers) for layers in ("top:50%", "top:25%", "top:10%")),
-    *(Setting("float32", None, length) for length in (48, 32, 16)),
+    *(Setting("float32", layers) for layers in ("top:75%", "top:50%", "top:25%")),
+    *(Setting("float32", None, share) for share in ("90%", "50%")),
     Setting("bfloat16"),
     *(Setting("bfloat16", layers) for layers in ("top:75%", "top:50%", "top:25%", "top:10%")),
-    *(Setting("bfloat16", None, length) for length in (48, 32, 16)),
-    *(Setting("bfloat16", "top:50%", length) for length in (48, 32)),
-    *(Setting("bfloat16", "top:25%", length) for length in (48, 32)),
+    *(Setting("bfloat16", None, share) for share in ("95%", "90%", "75%", "50%", "10%")),
+    *(Setting("bfloat16", layers, "90%") for layers in ("top:75%", "top:50%")),
 )
-QUICK = (FULL, Setting("float32", "top:25%"), Setting("float32", "top:25%", 32))
+QUICK = (FULL, Setting("float32", "top:25%"), Setting("float32", None, "90%"))
 
 
 class Bench:
@@ -106,12 +106,14 @@ class Bench:
             self.models[dtype] = base, warmed_model(ground, base)
             pool = list(ground.tokens.pool)
             self.pool: list[Tokens] = pool[:: max(1, len(pool) // n_pool)][:n_pool]
+            self.lengths = ground.tokens.pool.lengths
             self.targets: list[Target] = targets(ground)
 
     def scored(self, setting: Setting) -> tuple[float, Scored]:
         """Return the seconds of a whole pass, and GIST's scores by task."""
         base, model = self.models[setting.dtype]
-        economy = Economy(setting.layers, setting.max_length)
+        length = None if setting.whole is None else length_of(setting.whole, self.lengths)
+        economy = Economy(setting.layers, length)
         short = economy.shortened([t.tokens for t in self.targets])
         aims = [Target(own, t.task, t.group)
                 for own, t in zip(short, self.targets, strict=True)]  # fmt: skip

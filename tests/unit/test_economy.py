@@ -1,6 +1,7 @@
 """Cheaper gradient passes: what they read, what a recipe says of them, and the probe of `fast`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,17 +56,19 @@ def ranks(values: list[float]) -> list[float]:
 def test_fast_tells_the_correlation_of_a_probe_scored_both_ways(
     folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(economy, "KNEE", Economy(layers="top:1", max_length=20))
+    monkeypatch.setattr(economy, "KNEE", {"layers": "top:1", "max_length": "50%"})
     monkeypatch.setattr(economy, "PROBE_EXAMPLES", 20)
     common = [f"score.method={method}", "warmup.schedule_epochs=1"]
     full, about, _ = scored(folder, f"{method}-full", *common)
     assert "fast" not in about
-    by_hand = ["score.layers=top:1", "score.max_length=20"]
+    pool = Run(load_recipe(folder / "recipe.yaml"), out=folder / "pool").ground.tokens.pool
+    half = int(np.sort(pool.lengths)[(len(pool) + 1) // 2 - 1])
+    by_hand = ["score.layers=top:1", f"score.max_length={half}"]
     cheap, _, _ = scored(folder, f"{method}-cheap", *common, *by_hand)
     fast, about, said = scored(folder, f"{method}-fast", *common, "score.fast=true")
     assert cheap == fast != full
     told = about["fast"]
-    assert told["settings"] == {"layers": "top:1", "max_length": 20}
+    assert told["settings"] == {"layers": "top:1", "max_length": half}
     assert told["n_probe"] == len(set(told["ids"])) == 20
     both = [ranks([table[i] for i in told["ids"]]) for table in (full, fast)]
     assert told["spearman"] == pytest.approx(np.corrcoef(*both)[0, 1], abs=6e-5)
@@ -106,6 +109,8 @@ def test_a_window_holds_the_first_target_and_what_fits_around_it(
         (["score.layers=8"], "score.layers"),
         (["score.layers=top:0"], "score.layers"),
         (["score.max_length=129"], "longer than any example"),
+        (["score.max_length=100%"], "score.max_length"),
+        (["score.max_length=0%"], "score.max_length"),
         (["score.method=length", "score.fast=true"], "score.fast would not be used"),
         (["score.method=perplexity", "score.layers=top:1"], "score.layers would not be used"),
     ],
@@ -118,7 +123,24 @@ def test_values_that_make_no_sense_are_refused(
 
 
 def test_own_values_come_before_those_of_fast(folder: Path) -> None:
-    recipe = load_recipe(folder / "recipe.yaml", ["score.fast=true", "score.layers=top:2"])
-    found = economy.economy_of(recipe.score)
-    assert found.layers == "top:2"
-    assert found.max_length == economy.KNEE.max_length
+    own = ["score.layers=top:2", "score.precision=float32"]
+    recipe = load_recipe(folder / "recipe.yaml", ["score.fast=true", *own])
+    found = economy.economy_of(recipe.score, np.arange(1, 101))
+    assert found == Economy("top:2", 90, "float32")
+    assert economy.KNEE["max_length"] == "90%"
+
+
+@pytest.mark.parametrize(
+    ("share", "lengths", "n"),
+    [
+        ("90%", range(1, 11), 9),
+        ("91%", range(1, 11), 10),
+        ("99%", [5], 5),
+        ("50%", [9, 3, 7, 7], 7),
+        ("1%", [1, 30], 2),  # no shorter than a window can be
+    ],
+)
+def test_a_share_of_examples_stays_whole(share: str, lengths: Sequence[int], n: int) -> None:
+    found = economy.length_of(share, np.asarray(lengths))
+    assert found == n
+    assert sum(x <= found for x in lengths) >= int(share[:-1]) / 100 * len(lengths)

@@ -1,8 +1,8 @@
 """Gradient passes that cost less: the top layers alone, a shorter context, another precision.
 
 Blocks below the lowest one taken are frozen for the length of a pass, so that the backward pass
-ends there and the forward one keeps nothing for it. `score.fast` sets all three at once, and says
-beforehand how alike the ranks of a random probe are with and without them.
+ends there and the forward one keeps nothing for it. `score.fast` sets what costs the ranks least,
+and says beforehand how alike the ranks of a random probe are with and without it.
 """
 
 import hashlib
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
 from torch import nn
 
 from selectune.data import Tokens
@@ -54,14 +56,29 @@ class Economy:
         return choose_precision(self.precision, base.device)
 
 
-# A guess at where a cheaper pass starts to rank otherwise, for benchmarks/fast.py to settle.
-KNEE = Economy(layers="top:25%", max_length=128, precision="auto")
+# Where a cheaper pass starts to rank otherwise: the table of benchmarks/fast.py in PAPERS.md. The
+# few long examples cost most; fewer layers lose the ranks long before they save as much.
+KNEE: Mapping[str, Any] = {"max_length": "90%", "precision": "auto"}
 
 
-def economy_of(section: ScoreSection) -> Economy:
-    """Return what a recipe leaves out: what it says, and the knee's where `fast` is on."""
-    own = Economy(section.layers, section.max_length, section.precision)
-    return Economy(**{**KNEE.facts, **own.facts}) if section.fast else own
+def economy_of(section: ScoreSection, lengths: Int[np.ndarray, " n"]) -> Economy:
+    """Return what a recipe leaves out: what it says, and the knee's where `fast` is on.
+
+    Args:
+        section: of the recipe.
+        lengths: tokens of each candidate.
+    """
+    own = section.model_dump(include={"layers", "max_length", "precision"}, exclude_none=True)
+    values = {**KNEE, **own} if section.fast else own
+    if isinstance(share := values.get("max_length"), str):
+        values["max_length"] = length_of(share, lengths)
+    return Economy(**values)
+
+
+def length_of(share: str, lengths: Int[np.ndarray, " n"]) -> int:
+    """Return the fewest tokens that leave a share of examples whole, such as "90%"; at least 2."""
+    n_whole = -(-int(share.removesuffix("%")) * len(lengths) // 100)
+    return max(2, int(np.sort(lengths)[n_whole - 1]))
 
 
 def n_top(layers: str, n_layers: int) -> int:

@@ -231,7 +231,7 @@ def _seconds(
     mean = float(pool.lengths.mean())
     gradient = prices.gradient(trains_weights=recipe.adapter.kind == "full")
     price = {"base losses": prices.forward, "hidden states": prices.forward}
-    economy, n_layers = economy_of(recipe.score), len(blocks(found.model))
+    economy, n_layers = economy_of(recipe.score, pool.lengths), len(blocks(found.model))
     share = 1.0 if economy.layers is None else n_top(economy.layers, n_layers) / n_layers
     short = float(np.minimum(pool.lengths, economy.max_length or np.inf).mean()) / mean
     price[asked.passes] = short * (prices.forward + share * (gradient - prices.forward))

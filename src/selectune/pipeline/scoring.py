@@ -193,9 +193,14 @@ def _plain_pass(ground: Ground) -> _Pass:
     if recipe.model.adapter is None and recipe.warmup.epochs and checkpoint_epochs(ground.asked):
         base = ground.base()
         warmed, k = warm_up(ground, base), recipe.warmup.epochs
-        one = _Pass(ground, base, warmed.at(k - 1), {}, economy=economy_of(recipe.score))
+        one = _Pass(ground, base, warmed.at(k - 1), {}, economy=_economy(ground))
         return replace(one, beside=_beside(one, warmed, k))
-    return _Pass(ground, *scored_model(ground), economy=economy_of(recipe.score))
+    return _Pass(ground, *scored_model(ground), economy=_economy(ground))
+
+
+def _economy(ground: Ground) -> Economy:
+    """Return what the run's passes leave out."""
+    return economy_of(ground.recipe.score, ground.tokens.pool.lengths)
 
 
 def scored_model(ground: Ground) -> tuple[Base, nn.Module, dict[str, Any]]:
@@ -257,7 +262,7 @@ def _checkpoint_passes(ground: Ground, n: int, view: View) -> Iterator[tuple[_Pa
             view,
             None if view.adam == "none" else warmed.moments(k - 1),
             _label(recipe, k, n, view),
-            economy_of(recipe.score),
+            _economy(ground),
         )
         yield replace(one, beside=_beside(one, warmed, k)), checkpoint.learning_rate
 
@@ -500,7 +505,7 @@ def _alike(ground: Ground, entry: Entry, options: object) -> dict[str, Any]:
         correlation.
     """
     probe = probe_of(ground.tokens.pool, ground.recipe.seed)
-    cheap = economy_of(ground.recipe.score)
+    cheap = _economy(ground)
     found = {Economy(): _probed(ground, entry, options, probe, Economy())}
     found[cheap] = _probed(ground, entry, options, probe, cheap)
     alike = rank_correlation(found[cheap].score, found[Economy()].score)

@@ -133,7 +133,7 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                     f"write until: overlap, or remove {key}",
                 )
     shorter = recipe.score.max_length
-    if shorter is not None and shorter > recipe.data.max_length:
+    if isinstance(shorter, int) and shorter > recipe.data.max_length:
         add(
             ("score", "max_length"),
             f"score.max_length is {shorter}, longer than any example",

@@ -24,6 +24,7 @@ TokenCount = Annotated[
 TopLayers = Annotated[
     str, StringConstraints(pattern=r"^top:([1-9][0-9]{0,3}|[1-9][0-9]?%)$"), Like("top:8")
 ]
+WholeShare = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]?%$"), Like("90%")]
 RANK_RULE = r"^((energy|split):(0?\.\d+|1(\.0*)?)|loo|gap|full)$"
 SEED_LIMIT = 2**31  # numpy's legacy generators and transformers' set_seed take no more
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
@@ -244,10 +245,11 @@ class ScoreSection(Section):
         description='last blocks whose gradients are taken: "top:8" or "top:25%"; the backward '
         "pass ends there; null: all blocks",
     )
-    max_length: Annotated[int, Field(ge=2)] | None = Field(
+    max_length: Annotated[int, Field(ge=2)] | WholeShare | None = Field(
         default=None,
         description="tokens of an example that gradient passes read, the beginning of its prompt "
-        "left out first; null: data.max_length",
+        'left out first; "90%": as many as leave that share of the pool whole; null: '
+        "data.max_length",
     )
     precision: Literal["auto", "float32", "bfloat16"] | None = Field(
         default=None,
@@ -255,7 +257,7 @@ class ScoreSection(Section):
     )
     fast: bool = Field(
         default=False,
-        description="cheaper values for score.layers, max_length and precision where they are "
+        description="cheaper values for score.max_length and precision where they are "
         "null; a random probe is scored with and without them, and its rank correlation told",
     )
     token_budget: Count = Field(default=1024, description="padded tokens in one gradient batch")
