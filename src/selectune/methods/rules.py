@@ -4,7 +4,9 @@ Rules only order examples; what fills the budget is written once. Every example 
 carries its reason.
 
 Paper  Top-k: all of them. Round robin over targets: "Large-Scale Data Selection for Instruction
-  Tuning", arXiv 2503.01807. Quotas and near-duplicate drop: ours.
+  Tuning", arXiv 2503.01807. Neighbours of each target: TSDS, "Data Selection for Task-Specific
+  Model Finetuning", arXiv 2410.11303, its KNN-Uniform without the search of k. Quotas and
+  near-duplicate drop: ours.
 Cost   Seconds; near duplicates need the 5-grams of those candidates that reach the budget.
 Fails  Top-k with several tasks: the one with the largest scores takes all; use round_robin.
 """
@@ -44,14 +46,7 @@ def round_robin(scores: Scores) -> list[str]:
     Raises:
         SelectionError: the scores say nothing per target.
     """
-    columns = target_columns(scores)
-    if not columns:
-        raise SelectionError(
-            f"scores of {scores.method} cannot be taken in turn",
-            where="select.rule",
-            why="round_robin needs a score per target, which only gradient scorers give",
-            do="use select.rule=topk",
-        )
+    columns = _wanted(target_columns(scores), scores, "taken in turn", "round_robin")
     turns = [iter(scores.ranking(name)) for name in columns]
     order: dict[str, None] = {}
     while len(order) < len(scores):
@@ -60,6 +55,37 @@ def round_robin(scores: Scores) -> list[str]:
             if best is not None:
                 order[best] = None
     return list(order)
+
+
+@selection_rule("knn", options=NoOptions)
+def knn(scores: Scores) -> list[str]:
+    """The k nearest examples of every single target, with k as small as the budget takes.
+
+    An example that several targets share counts once and is not replaced, unlike under round_robin.
+    Of those that the largest k adds, the best scores come first.
+
+    Raises:
+        SelectionError: the scores say nothing per target.
+    """
+    single = sorted(name for name in scores.columns if name.startswith("to:"))
+    columns = _wanted(single or target_columns(scores), scores, "ranked by neighbours", "knn")
+    nearest_at = dict.fromkeys(scores.ids, len(scores))
+    for name in columns:
+        for k, example_id in enumerate(scores.ranking(name)):
+            nearest_at[example_id] = min(nearest_at[example_id], k)
+    return sorted(scores.ranking(), key=nearest_at.__getitem__)
+
+
+def _wanted(columns: list[str], scores: Scores, doing: str, rule: str) -> list[str]:
+    """Return the columns that a rule reads; refuse where there are none."""
+    if not columns:
+        raise SelectionError(
+            f"scores of {scores.method} cannot be {doing}",
+            where="select.rule",
+            why=f"{rule} needs a score per target, and {scores.method} compares with none",
+            do="use select.rule=topk",
+        )
+    return columns
 
 
 @dataclass(frozen=True, slots=True)

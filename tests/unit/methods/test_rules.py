@@ -69,13 +69,42 @@ def test_round_robin_on_one_target_equals_topk() -> None:
     assert a.ids == b.ids
 
 
-def test_round_robin_needs_scores_per_target() -> None:
+@pytest.mark.parametrize(
+    ("rule", "says"), [("round_robin", "cannot be taken in turn"), ("knn", "by neighbours")]
+)
+def test_scores_per_target_are_needed(rule: str, says: str) -> None:
     table = Scores("length", IDS, np.arange(N, dtype=float))
-    with pytest.raises(SelectionError, match="cannot be taken in turn"):
+    with pytest.raises(SelectionError, match=says):
         select(
-            table, get("selection_rule", "round_robin"), Budget(examples=2),
+            table, get("selection_rule", rule), Budget(examples=2),
             sources=SOURCES, n_tokens=LENGTHS,
         )  # fmt: skip
+
+
+@given(st.integers(0, 50), st.integers(1, N))
+def test_knn_takes_the_nearest_of_every_target(seed: int, n: int) -> None:
+    table = scores(seed)
+    chosen = select(
+        table, get("selection_rule", "knn"), Budget(examples=n), sources=SOURCES, n_tokens=LENGTHS
+    )
+
+    def union(k: int) -> set[str]:
+        return {i for name in ("to:t0", "to:t1") for i in table.ranking(name)[:k]}
+
+    k = next(k for k in range(N + 1) if len(union(k)) >= n)
+    inner, ring = union(k - 1), union(k) - union(k - 1)
+    assert inner <= set(chosen.ids) <= union(k)
+    kept = [table[i] for i in ring if i in chosen]
+    assert all(table[i] <= min(kept, default=np.inf) for i in ring if i not in chosen)
+
+
+def test_knn_counts_an_example_that_targets_share_once() -> None:
+    same = np.arange(N, dtype=float)
+    table = Scores("gist", IDS, same, {"to:t0": same, "to:t1": same, "task:a": -same})
+    chosen = select(
+        table, get("selection_rule", "knn"), Budget(examples=3), sources=SOURCES, n_tokens=LENGTHS
+    )
+    assert list(chosen.ids) == ["e19", "e18", "e17"]
 
 
 @given(st.floats(0, 0.4), st.floats(0.4, 1), st.integers(3, 15))
