@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from selectune.cli import main
+from selectune.digests import digest
 from selectune.errors import ConfigError
+from selectune.grid.cells import SELECTED, selected_file
 from selectune.grid.compare import ComparisonTable, compare, plan_grid
 from selectune.pipeline.run import Run
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
+from selectune.selection import Scores
 from small_run import small_recipe
 
 MATRIX = """
@@ -225,6 +229,38 @@ def test_every_cell_leaves_its_numbers_and_the_recipe_that_makes_it_anew(folder:
     row = rows["other", "gist"]
     assert found["likelihood"]["other"]["answer_loss"] == row["per_seed"][1]  # type: ignore[index]
     assert found["learning_rate"] == row["learning_rate"]
+
+
+def test_every_cell_keeps_what_it_chose(folder: Path) -> None:
+    for home in (folder / "run/cells").iterdir():
+        facts = json.loads((home / "cell.json").read_text())
+        if facts["method"] == "full":
+            assert not (home / SELECTED).exists()  # it takes everything
+            continue
+        chosen = Scores.load(home / SELECTED)
+        assert digest({"ids": chosen.ids}) == facts["selection"]
+        assert list(chosen.ids) == chosen.ranking()
+        assert len(chosen) == facts["n_examples"] == 9
+        assert chosen.method == {"short": "length"}.get(facts["method"], facts["method"])
+        assert chosen.about["chosen_of"] > 9
+        assert bool(chosen.best_target) == (facts["method"] == "gist")
+
+
+def test_scores_shows_a_cell_and_names_one_of_a_grid(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cell = folder / "run/cells/gist-other-seed-1"
+    assert main(["scores", str(cell)]) == 0
+    told = capfd.readouterr().out
+    assert "9 examples chosen of" in told
+    assert "scored by gist" in told
+    with pytest.raises(ConfigError, match=rf"such as selectune scores {folder}/run/cells/\w+-"):
+        selected_file(folder / "run")
+    assert selected_file(tmp_path) is None
+    # As older versions left it, and as `full` does.
+    (tmp_path / "cell.json").write_bytes((cell / "cell.json").read_bytes())
+    with pytest.raises(ConfigError, match="only a digest"):
+        selected_file(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gist-other-seed-1", "full-colours-seed-0"])
