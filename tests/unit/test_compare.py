@@ -1,5 +1,6 @@
 """A grid on a tiny model: the table, what is shared, what a second call recomputes."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -159,7 +160,35 @@ def test_one_setting_and_one_training_for_all_tasks(trained: Path) -> None:
 def test_csv_and_markdown_hold_the_same_rows(folder: Path) -> None:
     n = len(table(folder))
     assert len((folder / "run/table.csv").read_text().splitlines()) == n + 1
-    assert len((folder / "run/table.md").read_text().splitlines()) == n + 2
+    lines = (folder / "run/table.md").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == n + 2
+    assert lines[-1].startswith("peak / random is of a GPU alone")
+    body = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:-2])]
+    printed = [dict(zip(body[0], cells, strict=True)) for cells in body[1:]]
+    with (folder / "run/table.csv").open() as file:
+        told = list(csv.DictReader(file))
+    for row, shown, kept in zip(table(folder), printed, told, strict=True):
+        assert shown["method"] == kept["method"] == row["method"]
+        assert shown["won : lost"] == wins(row)
+        assert kept["won"] == ("" if row["won"] is None else str(row["won"]))
+        assert shown["s / model"] == ("-" if row["seconds"] is None else f"{row['seconds']:.1f}")
+
+
+def wins(row: dict[str, object]) -> str:
+    return "-" if row["won"] is None else f"{row['won']} : {row['lost']}"
+
+
+def test_a_task_is_won_where_the_interval_leaves_no_doubt(folder: Path) -> None:
+    rows = table(folder)
+    for row in rows:
+        if row["method"] in ("base", "random"):
+            assert row["won"] is row["lost"] is None
+            continue
+        mine = [r for r in rows if r["method"] == row["method"] and r["task"] != "mean"]
+        mine = mine if row["task"] == "mean" else [row]
+        ends = [r["loss_vs_random"] for r in mine]
+        assert row["won"] == sum(e["high"] < 0 for e in ends)  # type: ignore[index]
+        assert row["lost"] == sum(e["low"] > 0 for e in ends)  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

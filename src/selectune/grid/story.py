@@ -73,7 +73,7 @@ def _tried(one: dict[str, Any] | Any) -> tuple[str, str, float, int, float]:  # 
 
 
 def _ends(found: Interval | None) -> Ends | None:
-    return None if found is None else (found.mean_difference, found.low, found.high)
+    return None if found is None else found.ends
 
 
 def _estimated(found: Estimate | None) -> Ends | None:
