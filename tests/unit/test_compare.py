@@ -11,6 +11,7 @@ from selectune.digests import digest
 from selectune.errors import ConfigError
 from selectune.grid.cells import SELECTED, selected_file
 from selectune.grid.compare import ComparisonTable, compare, plan_grid
+from selectune.pipeline import prices
 from selectune.pipeline.run import Run
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
@@ -85,10 +86,15 @@ def test_one_warmup_and_one_store_serve_a_seed(folder: Path) -> None:
     assert adapters <= most
 
 
-def test_a_second_call_trains_and_asks_nothing(folder: Path) -> None:
+def test_a_second_call_trains_and_asks_nothing(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = {p: p.stat().st_mtime_ns for p in (folder / "run/shared").rglob("*.safetensors")}
     text = (folder / "run/table.md").read_text()
-    grid(folder)
+    assert main(["compare", str(folder / "recipe.yaml"), "--json"]) == 0
+    told = capfd.readouterr()
+    assert json.loads(told.out)["rows"] == table(folder)
+    assert "grid        16 cells of 4 methods and 2 seeds" in told.err  # off a terminal too
     after = {p: p.stat().st_mtime_ns for p in (folder / "run/shared").rglob("*.safetensors")}
     assert before == after
     assert (folder / "run/table.md").read_text() == text
@@ -327,6 +333,53 @@ def test_the_forecast_counts_every_training_once(folder: Path) -> None:
     assert all(value >= 0 for value in facts["seconds"].values())
     alone = Run(recipe.changed({"matrix": None}), out=folder / "none").plan()
     assert facts["memory_bytes"] == alone.facts["memory_bytes"]
+
+
+def test_a_forecast_counts_what_a_run_counts_of_every_scorer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = {"float32": 1e6, "bfloat16": 4e6}
+    monkeypatch.setattr(prices, "_products_per_second", lambda _, precision, __: rate[precision])
+    scorers = ["gist", "less", "rds"]
+    cheap = ["score.max_length=50%", "score.precision=bfloat16", "score.layers=top:1"]
+    whole, short = (
+        plan_grid(
+            load_recipe(
+                folder / "recipe.yaml",
+                [f"matrix.methods=[{', '.join(scorers)}]", "matrix.tune=null", *economy],
+            ),
+            out=folder / "none",
+            progress=Silent(),
+        ).facts
+        for economy in ([], cheap)
+    )
+    alone = {
+        (scorer, is_cheap): Run(
+            load_recipe(
+                folder / "recipe.yaml",
+                [f"score.method={scorer}", "matrix=null", *(cheap if is_cheap else [])],
+            ),
+            out=folder / "none",
+        )
+        .plan()
+        .facts
+        for scorer, is_cheap in (("gist", False), ("gist", True), ("less", False), ("rds", False))
+    }
+    disk = {scorer: alone[scorer, False]["disk_bytes"] for scorer in scorers}
+    kept = "checkpoints of the warm-up"
+    assert whole["disk_bytes"][kept] == 2 * disk["less"][kept] > 0  # two seeds
+    same = "cosines of hidden states"
+    assert whole["disk_bytes"][same] == disk["rds"][same] > 0
+    brief = "target gradients, until a pass is done"
+    assert whole["disk_bytes"][brief] == disk["gist"][brief] > 0
+    # gist reads plain gradients of the first epoch, less those of Adam after every one.
+    assert whole["disk_bytes"]["store"] == 2 * (disk["gist"]["store"] + disk["less"]["store"])
+    assert whole["memory_bytes"] == alone["less", False]["memory_bytes"]
+    for facts, is_cheap in ((whole, False), (short, True)):
+        one = alone["gist", is_cheap]["seconds"]["gradients"]
+        assert facts["seconds"]["gradients"] == pytest.approx(2 * one, abs=0.2)
+    assert short["seconds"]["gradients"] < whole["seconds"]["gradients"] / 4
+    assert short["seconds"]["warmup"] == whole["seconds"]["warmup"]
 
 
 def test_a_forecast_of_a_transfer_counts_each_task_by_itself(tmp_path: Path) -> None:

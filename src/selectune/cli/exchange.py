@@ -167,13 +167,13 @@ def selection_for(tool: str, source: str, out: Path, base: str | None) -> Result
 
 
 def _file(source: str) -> Path:
-    from selectune.grid.cells import selected_file
-
     path = Path(source)
     if not path.is_dir():
         return path
     if (path / _SCORES).is_file():
         return path / _SCORES
+    from selectune.grid.cells import selected_file  # brings torch
+
     if (chosen := selected_file(path)) is not None:
         return chosen
     runs = [p.parent.name for p in path.parent.glob(f"*/{_SCORES}")]

@@ -17,10 +17,13 @@ from selectune.errors import ConfigError
 from selectune.files import write_file
 from selectune.files.disk import remove
 from selectune.interchange.scores import write_scores
+from selectune.pipeline.scoring import shares_passes
 from selectune.recipe import MatrixMethod, Recipe
+from selectune.recipe.methods import FULL
 from selectune.selection import Scores, Selection
 
 CELLS, SELECTED = "cells", "selected.parquet"
+_WHOLE = {"layers": None, "max_length": None, "precision": None, "fast": False}
 
 
 def cell_folder(out: Path, method: str, tasks: tuple[str, ...], seed: int) -> Path:
@@ -73,7 +76,11 @@ def replay(
         "tune": tune,
         "transfer": list(tested) if matrix.transfer else False,
     }
-    return recipe.changed({"output": str(folder / "replay"), "matrix": grid})
+    changes: dict[str, Any] = {"output": str(folder / "replay"), "matrix": grid}
+    if method.method == FULL or not shares_passes(method.method):
+        # What makes gradient passes cheaper is refused where there are none.
+        changes |= {f"score.{key}": value for key, value in _WHOLE.items()}
+    return recipe.changed(changes)
 
 
 def chosen_scores(scores: Scores, selection: Selection) -> Scores:

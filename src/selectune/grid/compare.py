@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class _Grid:
         self._grounds: dict[tuple[int, str], Ground] = {}
         self._settings: dict[tuple[str, Tasks], tuple[float, int]] = {}
         self.tried: list[dict[str, Any]] = []
+        self.fast: list[dict[str, Any]] = []
         self.away: dict[Scoring, dict[tuple[str, str, str, int], Evaluation | Generation]] = {
             "likelihood": {},
             "generated": {},
@@ -361,6 +362,10 @@ class _Grid:
         )
         chosen = None if choice.scores is None else chosen_scores(choice.scores, selection)
         write_cell(folder, {**about, **facts}, alone, chosen)
+        if choice.scores is not None and "fast" in choice.scores.about:
+            alike = choice.scores.about["fast"]
+            told = {key: alike[key] for key in ("settings", "n_probe", "spearman")}
+            self.fast.append({"method": method.name, "tasks": list(tasks), "seed": seed, **told})
         sources = [prepared.sources[i] for i in selection.ids]
         known = set(prepared.sources.values())
         found: dict[str, Cell] = {}
@@ -505,7 +510,12 @@ def plan_grid(recipe: Recipe, *, out: Path, progress: Progress) -> Outcome:
 
 
 def compare(
-    recipe: Recipe, *, out: Path, progress: Progress, allow: Sequence[str] = ()
+    recipe: Recipe,
+    *,
+    out: Path,
+    progress: Progress,
+    allow: Sequence[str] = (),
+    tell: Callable[[str], None] | None = None,
 ) -> ComparisonTable:
     """Run or resume a grid, and write its table.
 
@@ -515,6 +525,7 @@ def compare(
         progress: told of every long step.
         allow: recipe keys or sections that may differ from what the folder was made with, beside
             `matrix`; what depends on them is made anew.
+        tell: told the forecast, line by line; None for `progress`.
 
     Raises:
         ConfigError: the recipe has no matrix, or a task has no held-out examples.
@@ -527,7 +538,7 @@ def compare(
         grid = _Grid(recipe, matrix, out, progress)
         refuse_unworkable(grid.ground(matrix.seeds[0]), grid.tunings)
         for line in grid.forecast().lines():
-            progress.note(line)
+            (tell or progress.note)(line)
         cells: dict[tuple[str, str, int], Cell] = {}
         bases: dict[str, Evaluation] = {}
         for task in grid.tasks:
@@ -549,7 +560,13 @@ def compare(
             n_boot=recipe.evaluate.intervals,
         )
         table = ComparisonTable(
-            rows, out, costs, grid.tried, grid.transfer_table(bases), grid.text_table()
+            rows,
+            out,
+            costs,
+            grid.tried,
+            grid.transfer_table(bases),
+            grid.text_table(),
+            grid.fast,
         )
         write_file(out / "table.json", json.dumps(table.to_json(), indent=1).encode())
         write_file(out / "table.csv", table.to_csv().encode())

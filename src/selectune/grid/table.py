@@ -13,6 +13,7 @@ from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds, to
 from selectune.grid.text_table import TextRow, text_lines
 from selectune.grid.transfer_table import TransferRow, transfer_lines
 from selectune.pipeline.arms import BASE
+from selectune.pipeline.economy import told_fast
 from selectune.report.grid_facts import won_lost
 from selectune.tables import aligned, signed
 
@@ -138,6 +139,7 @@ class ComparisonTable:
         tried: answer loss on the targets held aside, by method, tasks and setting.
         transfers: what tuning on one task did to the others, where that was asked for.
         texts: what it did to plain text, where the recipe names one.
+        fast: with `score.fast`, how alike the ranks of a probe are, by method, tasks and seed.
     """
 
     rows: tuple[Row, ...]
@@ -146,6 +148,7 @@ class ComparisonTable:
     tried: Sequence[Mapping[str, Any]] = ()
     transfers: Sequence[TransferRow] = ()
     texts: Sequence[TextRow] = ()
+    fast: Sequence[Mapping[str, Any]] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -155,6 +158,8 @@ class ComparisonTable:
             found["transfer"] = [row.to_json() for row in self.transfers]
         if self.texts:
             found["text"] = [row.to_json() for row in self.texts]
+        if self.fast:
+            found["fast"] = [dict(one) for one in self.fast]
         return found
 
     def lines(self) -> list[str]:
@@ -192,6 +197,8 @@ class ComparisonTable:
         lines = aligned(head, body)
         if all(row.peak_ratio is None for row in self.rows):
             lines += ["", _NO_PEAKS]
+        if self.fast:
+            lines += ["", *fast_lines(self.fast)]
         if self.transfers:
             lines += ["", *transfer_lines(self.transfers)]
         if self.texts:
@@ -219,6 +226,22 @@ class ComparisonTable:
                     cells += value.ends
             writer.writerow(cells)
         return sink.getvalue()
+
+
+def fast_lines(fast: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each method: how alike ranks of cheaper passes are to those of full ones.
+
+    Args:
+        fast: as a table has it.
+    """
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for one in fast:
+        by_method.setdefault(one["method"], []).append(one)
+    lines: list[str] = []
+    for method, mine in by_method.items():
+        line = f"{method}: {told_fast(min(mine, key=lambda one: one['spearman']))}"
+        lines.append(line + (f", the least of {len(mine)} scorings" if len(mine) > 1 else ""))
+    return lines
 
 
 def make_rows(

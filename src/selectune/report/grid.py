@@ -267,6 +267,7 @@ def _settings(facts: GridFacts) -> Markup | None:
         )
         if tried
         else None,
+        *(tag("p", note, class_="note", dir="auto") for note in facts.notes),
     )  # fmt: skip
 
 

@@ -100,6 +100,7 @@ class GridFacts:
         texts: what it did to plain text, likewise.
         tried: answer loss on the targets held aside, by method, tasks, learning rate and epochs.
         cells_folder: where each cell's recipe lies.
+        notes: on the settings, such as how alike the ranks of cheaper gradient passes are.
     """
 
     title: str
@@ -109,6 +110,7 @@ class GridFacts:
     texts: Sequence[TextFacts] = ()
     tried: Sequence[tuple[str, str, float, int, float]] = ()
     cells_folder: str = ""
+    notes: Sequence[str] = ()
 
     def at(self, task: str, method: str) -> GridCell:
         """Return one cell.
