@@ -1,15 +1,21 @@
 """A grid on a tiny model: the table, what is shared, what a second call recomputes."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 
+from selectune.cli import main
+from selectune.digests import digest
 from selectune.errors import ConfigError
+from selectune.grid.cells import SELECTED, selected_file
 from selectune.grid.compare import ComparisonTable, compare, plan_grid
+from selectune.pipeline import prices
 from selectune.pipeline.run import Run
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
+from selectune.selection import Scores
 from small_run import small_recipe
 
 MATRIX = """
@@ -80,10 +86,15 @@ def test_one_warmup_and_one_store_serve_a_seed(folder: Path) -> None:
     assert adapters <= most
 
 
-def test_a_second_call_trains_and_asks_nothing(folder: Path) -> None:
+def test_a_second_call_trains_and_asks_nothing(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = {p: p.stat().st_mtime_ns for p in (folder / "run/shared").rglob("*.safetensors")}
     text = (folder / "run/table.md").read_text()
-    grid(folder)
+    assert main(["compare", str(folder / "recipe.yaml"), "--json"]) == 0
+    told = capfd.readouterr()
+    assert json.loads(told.out)["rows"] == table(folder)
+    assert "grid        16 cells of 4 methods and 2 seeds" in told.err  # off a terminal too
     after = {p: p.stat().st_mtime_ns for p in (folder / "run/shared").rglob("*.safetensors")}
     assert before == after
     assert (folder / "run/table.md").read_text() == text
@@ -155,7 +166,35 @@ def test_one_setting_and_one_training_for_all_tasks(trained: Path) -> None:
 def test_csv_and_markdown_hold_the_same_rows(folder: Path) -> None:
     n = len(table(folder))
     assert len((folder / "run/table.csv").read_text().splitlines()) == n + 1
-    assert len((folder / "run/table.md").read_text().splitlines()) == n + 2
+    lines = (folder / "run/table.md").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == n + 2
+    assert lines[-1].startswith("peak / random is of a GPU alone")
+    body = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:-2])]
+    printed = [dict(zip(body[0], cells, strict=True)) for cells in body[1:]]
+    with (folder / "run/table.csv").open() as file:
+        told = list(csv.DictReader(file))
+    for row, shown, kept in zip(table(folder), printed, told, strict=True):
+        assert shown["method"] == kept["method"] == row["method"]
+        assert shown["won : lost"] == wins(row)
+        assert kept["won"] == ("" if row["won"] is None else str(row["won"]))
+        assert shown["s / model"] == ("-" if row["seconds"] is None else f"{row['seconds']:.1f}")
+
+
+def wins(row: dict[str, object]) -> str:
+    return "-" if row["won"] is None else f"{row['won']} : {row['lost']}"
+
+
+def test_a_task_is_won_where_the_interval_leaves_no_doubt(folder: Path) -> None:
+    rows = table(folder)
+    for row in rows:
+        if row["method"] in ("base", "random"):
+            assert row["won"] is row["lost"] is None
+            continue
+        mine = [r for r in rows if r["method"] == row["method"] and r["task"] != "mean"]
+        mine = mine if row["task"] == "mean" else [row]
+        ends = [r["loss_vs_random"] for r in mine]
+        assert row["won"] == sum(e["high"] < 0 for e in ends)  # type: ignore[index]
+        assert row["lost"] == sum(e["low"] > 0 for e in ends)  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +266,38 @@ def test_every_cell_leaves_its_numbers_and_the_recipe_that_makes_it_anew(folder:
     assert found["learning_rate"] == row["learning_rate"]
 
 
+def test_every_cell_keeps_what_it_chose(folder: Path) -> None:
+    for home in (folder / "run/cells").iterdir():
+        facts = json.loads((home / "cell.json").read_text())
+        if facts["method"] == "full":
+            assert not (home / SELECTED).exists()  # it takes everything
+            continue
+        chosen = Scores.load(home / SELECTED)
+        assert digest({"ids": chosen.ids}) == facts["selection"]
+        assert list(chosen.ids) == chosen.ranking()
+        assert len(chosen) == facts["n_examples"] == 9
+        assert chosen.method == {"short": "length"}.get(facts["method"], facts["method"])
+        assert chosen.about["chosen_of"] > 9
+        assert bool(chosen.best_target) == (facts["method"] == "gist")
+
+
+def test_scores_shows_a_cell_and_names_one_of_a_grid(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cell = folder / "run/cells/gist-other-seed-1"
+    assert main(["scores", str(cell)]) == 0
+    told = capfd.readouterr().out
+    assert "9 examples chosen of" in told
+    assert "scored by gist" in told
+    with pytest.raises(ConfigError, match=rf"such as selectune scores {folder}/run/cells/\w+-"):
+        selected_file(folder / "run")
+    assert selected_file(tmp_path) is None
+    # As older versions left it, and as `full` does.
+    (tmp_path / "cell.json").write_bytes((cell / "cell.json").read_bytes())
+    with pytest.raises(ConfigError, match="only a digest"):
+        selected_file(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["gist-other-seed-1", "full-colours-seed-0"])
 def test_a_cell_is_replayed_alone(folder: Path, tmp_path: Path, name: str) -> None:
     recipe = load_recipe(
@@ -262,6 +333,53 @@ def test_the_forecast_counts_every_training_once(folder: Path) -> None:
     assert all(value >= 0 for value in facts["seconds"].values())
     alone = Run(recipe.changed({"matrix": None}), out=folder / "none").plan()
     assert facts["memory_bytes"] == alone.facts["memory_bytes"]
+
+
+def test_a_forecast_counts_what_a_run_counts_of_every_scorer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = {"float32": 1e6, "bfloat16": 4e6}
+    monkeypatch.setattr(prices, "_products_per_second", lambda _, precision, __: rate[precision])
+    scorers = ["gist", "less", "rds"]
+    cheap = ["score.max_length=50%", "score.precision=bfloat16", "score.layers=top:1"]
+    whole, short = (
+        plan_grid(
+            load_recipe(
+                folder / "recipe.yaml",
+                [f"matrix.methods=[{', '.join(scorers)}]", "matrix.tune=null", *economy],
+            ),
+            out=folder / "none",
+            progress=Silent(),
+        ).facts
+        for economy in ([], cheap)
+    )
+    alone = {
+        (scorer, is_cheap): Run(
+            load_recipe(
+                folder / "recipe.yaml",
+                [f"score.method={scorer}", "matrix=null", *(cheap if is_cheap else [])],
+            ),
+            out=folder / "none",
+        )
+        .plan()
+        .facts
+        for scorer, is_cheap in (("gist", False), ("gist", True), ("less", False), ("rds", False))
+    }
+    disk = {scorer: alone[scorer, False]["disk_bytes"] for scorer in scorers}
+    kept = "checkpoints of the warm-up"
+    assert whole["disk_bytes"][kept] == 2 * disk["less"][kept] > 0  # two seeds
+    same = "cosines of hidden states"
+    assert whole["disk_bytes"][same] == disk["rds"][same] > 0
+    brief = "target gradients, until a pass is done"
+    assert whole["disk_bytes"][brief] == disk["gist"][brief] > 0
+    # gist reads plain gradients of the first epoch, less those of Adam after every one.
+    assert whole["disk_bytes"]["store"] == 2 * (disk["gist"]["store"] + disk["less"]["store"])
+    assert whole["memory_bytes"] == alone["less", False]["memory_bytes"]
+    for facts, is_cheap in ((whole, False), (short, True)):
+        one = alone["gist", is_cheap]["seconds"]["gradients"]
+        assert facts["seconds"]["gradients"] == pytest.approx(2 * one, abs=0.2)
+    assert short["seconds"]["gradients"] < whole["seconds"]["gradients"] / 4
+    assert short["seconds"]["warmup"] == whole["seconds"]["warmup"]
 
 
 def test_a_forecast_of_a_transfer_counts_each_task_by_itself(tmp_path: Path) -> None:

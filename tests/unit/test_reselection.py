@@ -132,9 +132,11 @@ def test_rows_of_a_grid_warm_up_and_choose_anew_on_their_own(tmp_path: Path) -> 
         "overlap_every: 1, overlap_times: 1}}, "
         "{name: anew, method: gist, tune: {reselect_every: 3}}]"
     )
-    recipe = load_recipe(small_recipe(tmp_path), [f"matrix.methods={rows}"])
+    changes = [f"matrix.methods={rows}", "score.fast=true"]
+    recipe = load_recipe(small_recipe(tmp_path), changes)
     out = tmp_path / "grid"
     table = compare(recipe, out=out, progress=Silent())
+    _says_how_alike_fast_scores_are(out)
     assert {row.method for row in table.rows} >= {"gist", "rests", "anew"}
     assert table.costs["0 rests"]["warmup"]["n_steps"] == 2
     assert "n_steps" not in table.costs["0"]["warmup"]
@@ -146,6 +148,28 @@ def test_rows_of_a_grid_warm_up_and_choose_anew_on_their_own(tmp_path: Path) -> 
     (refresh,) = cells["anew"]["reselected"]
     assert (refresh["step"], refresh["n"], refresh["n_shortlist"]) == (3, 9, 36)
     assert not list(out.glob("shared/phases/*/phase-*"))
+
+
+def _says_how_alike_fast_scores_are(out: Path) -> None:
+    fast = json.loads((out / "table.json").read_text())["fast"]
+    assert [(one["method"], one["tasks"], one["seed"]) for one in fast] == [
+        (method, ["colours"], 0) for method in ("gist", "rests", "anew")
+    ]
+    told = (out / "table.md").read_text()
+    page = (out / "report.html").read_text()
+    for one in fast:
+        assert -1 <= one["spearman"] <= 1
+        line = (
+            f"Spearman {one['spearman']:.3f} with full scores on {one['n_probe']} random examples"
+        )
+        assert line in told
+        assert line in page
+    # A cell without gradient passes comes out anew without what makes them cheaper.
+    fast = {
+        name: load_recipe(out / f"cells/{name}-colours-seed-0/config.yaml").score.fast
+        for name in ("random", "gist")
+    }
+    assert fast == {"random": False, "gist": True}
 
 
 def test_what_will_be_scored_again_is_counted(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def scores(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Folder of a run; a .parquet or .jsonl file of scores; a folder of bergson's.",
+            help="Folder of a run or of one cell of a comparison; a .parquet or .jsonl file of "
+            "scores; a folder of bergson's.",
             show_default=False,
         ),
     ],
@@ -171,6 +172,10 @@ def _file(source: str) -> Path:
         return path
     if (path / _SCORES).is_file():
         return path / _SCORES
+    from selectune.grid.cells import selected_file  # brings torch
+
+    if (chosen := selected_file(path)) is not None:
+        return chosen
     runs = [p.parent.name for p in path.parent.glob(f"*/{_SCORES}")]
     raise ConfigError(
         f"{source} holds no scores",
@@ -185,6 +190,7 @@ def _told(found: "Scores", source: str, to: Path | None) -> Result:
 
     if to is not None:
         found.save(to)
+    n_pool = found.about.get("chosen_of")  # of a cell of a comparison
     best = found.ranking()[:_N_SHOWN]
     data: dict[str, Any] = {
         "source": source,
@@ -195,7 +201,9 @@ def _told(found: "Scores", source: str, to: Path | None) -> Result:
         "best": {example_id: found[example_id] for example_id in best},
     }
     lines = [
-        f"{len(found):,} examples scored by {found.method}",
+        f"{len(found):,} examples"
+        + (f" chosen of {n_pool:,}, " if isinstance(n_pool, int) else " ")
+        + f"scored by {found.method}",
         f"  columns beside the score: {', '.join(found.columns) or 'none'}",
         "  best: " + ", ".join(f"{i} {score:.4g}" for i, score in data["best"].items()),
     ]

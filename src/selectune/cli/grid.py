@@ -1,5 +1,8 @@
 """The verb for many runs: compare."""
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -51,9 +54,24 @@ def compare(
     def action(progress: Progress) -> Result:
         from selectune.grid import compare as grid
 
-        return grid.compare(loaded, out=Path(loaded.output), progress=progress, allow=allowed)
+        return grid.compare(
+            loaded,
+            out=Path(loaded.output),
+            progress=progress,
+            allow=allowed,
+            tell=_teller(is_quiet=quiet),
+        )
 
     perform(action, as_json=as_json, is_quiet=quiet)
+
+
+def _teller(*, is_quiet: bool) -> Callable[[str], None] | None:
+    """Return who tells the forecast off a terminal: the log of a batch job has no bars, but this.
+
+    Args:
+        is_quiet: nobody.
+    """
+    return None if is_quiet or sys.stderr.isatty() else partial(print, file=sys.stderr, flush=True)
 
 
 def plan(recipe: str, overrides: list[str] | None, *, as_json: bool, is_quiet: bool) -> bool:

@@ -52,6 +52,11 @@ class Interval:
         """Whether the two models differ beyond the noise of examples and seeds."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def ends(self) -> tuple[float, float, float]:
+        """The difference, and where its interval begins and ends."""
+        return self.mean_difference, self.low, self.high
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)

@@ -18,8 +18,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from selectune.evaluation.generic_text import GenericLoss
 from selectune.evaluation.transfer import Scoring
 from selectune.files import lock, sweep, write_file
 from selectune.files.disk import remove
-from selectune.grid.cells import cell_folder, replay, write_cell
+from selectune.grid.cells import cell_folder, chosen_scores, replay, write_cell
 from selectune.grid.plan import Work, forecast
 from selectune.grid.story import write_page
 from selectune.grid.table import ALL_TASKS, RANDOM, Cell, ComparisonTable, make_rows
@@ -52,9 +52,24 @@ from selectune.progress import Progress
 from selectune.recipe import MatrixMethod, MatrixSection, Recipe, TuneSection
 from selectune.recipe.methods import FULL
 from selectune.recipe.package import fitted
-from selectune.selection import Selection
+from selectune.selection import Scores, Selection
 
 Tasks = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What a method chose for some tasks together.
+
+    Attributes:
+        selection: the examples.
+        scores: of all candidates; None where everything is taken.
+        source: what it is chosen by again while a model trains; None where that changes nothing.
+    """
+
+    selection: Selection
+    scores: Scores | None = None
+    source: Source | None = None
 
 
 class _Grid:
@@ -68,6 +83,7 @@ class _Grid:
         self._grounds: dict[tuple[int, str], Ground] = {}
         self._settings: dict[tuple[str, Tasks], tuple[float, int]] = {}
         self.tried: list[dict[str, Any]] = []
+        self.fast: list[dict[str, Any]] = []
         self.away: dict[Scoring, dict[tuple[str, str, str, int], Evaluation | Generation]] = {
             "likelihood": {},
             "generated": {},
@@ -181,19 +197,17 @@ class _Grid:
                 changes |= {"tokens": own.tokens}
         return self.recipe.tune.model_copy(update=changes)
 
-    def select(
-        self, method: MatrixMethod, tasks: Tasks, seed: int
-    ) -> tuple[Selection, Source | None]:
+    def select(self, method: MatrixMethod, tasks: Tasks, seed: int) -> _Choice:
         """Return what a method chooses for some tasks together, and what it chooses by."""
         ground = self.ground(seed, method)
         if method.method == FULL:
             whole = control_selection(ground, FULL)
-            return (self._own(whole, tasks) if self.transfers else whole), None
+            return _Choice(self._own(whole, tasks) if self.transfers else whole)
         ground.focus(tasks)
         scores = score_pool(ground, method.method, dict(method.options))
         quotas = self._quotas(tasks) if self.transfers else None
         source = source_of(ground, method.method, method.options, scores=scores, quotas=quotas)
-        return choose(ground, scores, "", quotas=quotas), source
+        return _Choice(choose(ground, scores, "", quotas=quotas), scores, source)
 
     @property
     def transfers(self) -> bool:
@@ -244,17 +258,17 @@ class _Grid:
         seed: int,
         setting: tuple[float, int],
         label: str,
-    ) -> tuple[Selection, TunedArm]:
+    ) -> tuple[_Choice, TunedArm]:
         """Select and tune with one setting; equal work is found, not repeated."""
         ground = self.ground(seed, method)
-        selection, source = self.select(method, tasks, seed)
+        choice = self.select(method, tasks, seed)
         ground.focus(tasks)
         tuning = self.tuning(method, *setting)
-        arm = tune_arm(ground, label, selection, tuning=tuning, source=source)
+        arm = tune_arm(ground, label, choice.selection, tuning=tuning, source=choice.source)
         # With Adam's state they weigh several times what they led to, and nothing resumes any more.
         for checkpoint in arm.path.parent.glob("checkpoint-*"):
             remove(checkpoint)
-        return selection, arm
+        return choice, arm
 
     def work(self) -> list[Work]:
         """Return every training, those that choose settings too."""
@@ -320,8 +334,8 @@ class _Grid:
         """Select, train and evaluate for some tasks together, or read what is there."""
         setting = self.setting(method, tasks)
         label = " ".join([method.name, *(tasks if len(tasks) == 1 else ()), f"seed {seed}"])
-        selection, arm = self.train(method, tasks, seed, setting, label)
-        ground = self.ground(seed, method)
+        choice, arm = self.train(method, tasks, seed, setting, label)
+        ground, selection = self.ground(seed, method), choice.selection
         prepared, load = ground.prepared, once(ground, arm.path)
         tested = self.tested(tasks)
         questions = {task: prepared.heldout[task] for task in tested}
@@ -346,7 +360,12 @@ class _Grid:
         alone = replay(
             self.recipe, folder, method, tasks=tasks, tested=tested, seed=seed, setting=setting
         )
-        write_cell(folder, {**about, **facts}, alone)
+        chosen = None if choice.scores is None else chosen_scores(choice.scores, selection)
+        write_cell(folder, {**about, **facts}, alone, chosen)
+        if choice.scores is not None and "fast" in choice.scores.about:
+            alike = choice.scores.about["fast"]
+            told = {key: alike[key] for key in ("settings", "n_probe", "spearman")}
+            self.fast.append({"method": method.name, "tasks": list(tasks), "seed": seed, **told})
         sources = [prepared.sources[i] for i in selection.ids]
         known = set(prepared.sources.values())
         found: dict[str, Cell] = {}
@@ -491,7 +510,12 @@ def plan_grid(recipe: Recipe, *, out: Path, progress: Progress) -> Outcome:
 
 
 def compare(
-    recipe: Recipe, *, out: Path, progress: Progress, allow: Sequence[str] = ()
+    recipe: Recipe,
+    *,
+    out: Path,
+    progress: Progress,
+    allow: Sequence[str] = (),
+    tell: Callable[[str], None] | None = None,
 ) -> ComparisonTable:
     """Run or resume a grid, and write its table.
 
@@ -501,6 +525,7 @@ def compare(
         progress: told of every long step.
         allow: recipe keys or sections that may differ from what the folder was made with, beside
             `matrix`; what depends on them is made anew.
+        tell: told the forecast, line by line; None for `progress`.
 
     Raises:
         ConfigError: the recipe has no matrix, or a task has no held-out examples.
@@ -513,7 +538,7 @@ def compare(
         grid = _Grid(recipe, matrix, out, progress)
         refuse_unworkable(grid.ground(matrix.seeds[0]), grid.tunings)
         for line in grid.forecast().lines():
-            progress.note(line)
+            (tell or progress.note)(line)
         cells: dict[tuple[str, str, int], Cell] = {}
         bases: dict[str, Evaluation] = {}
         for task in grid.tasks:
@@ -535,7 +560,13 @@ def compare(
             n_boot=recipe.evaluate.intervals,
         )
         table = ComparisonTable(
-            rows, out, costs, grid.tried, grid.transfer_table(bases), grid.text_table()
+            rows,
+            out,
+            costs,
+            grid.tried,
+            grid.transfer_table(bases),
+            grid.text_table(),
+            grid.fast,
         )
         write_file(out / "table.json", json.dumps(table.to_json(), indent=1).encode())
         write_file(out / "table.csv", table.to_csv().encode())

@@ -10,8 +10,21 @@ from selectune.methods.rules import Budget
 from selectune.pipeline.foresee import Outline, outline
 from selectune.pipeline.ground import Ground
 from selectune.pipeline.outcome import Outcome
-from selectune.pipeline.plan import cost_table, training_bytes
-from selectune.pipeline.prices import Prices, choosing_seconds, n_answers, training_seconds
+from selectune.pipeline.plan import (
+    Asked,
+    asked_by,
+    cost_table,
+    evidence_bytes,
+    training_bytes,
+    view_bytes,
+)
+from selectune.pipeline.prices import (
+    Prices,
+    choosing_seconds,
+    n_answers,
+    pass_price,
+    training_seconds,
+)
 from selectune.pipeline.reselection import n_rescored
 from selectune.pipeline.scoring import evidence_steps
 from selectune.pipeline.warmup import epochs_run
@@ -61,34 +74,43 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
     masks = {plans.mask_key(one): one for one in trainings.values()}
     seconds: dict[str, float] = {}
     n_passes = 0
-    n_warmups = len({str(one.method.warmup) for one in work})
-    for step in plans.steps({one.method.name: one.method for one in work}.values()):
-        n = len(seeds) * n_warmups if step.startswith(_PER_SEED) else 1
+    n_warmups = len(seeds) * len({str(one.method.warmup) for one in work})
+    methods = {one.method.name: one.method for one in work}
+    for step in plans.steps(methods.values()):
+        n = n_warmups if step.startswith(_PER_SEED) else 1
         seconds[step] = n * plans.step(step)
         n_passes += n * step.startswith("gradients")
     if choosing := sum(plans.choosing(one) for one in masks.values()):
         seconds["weights"] = choosing
     seconds["trainings"] = sum(plans.training(one) for one in trainings.values())
-    asked = {task for one in final.values() for task in one.tested}
-    seconds["evaluation"] = plans.evaluation(final.values(), asked)
+    tested = {task for one in final.values() for task in one.tested}
+    seconds["evaluation"] = plans.evaluation(final.values(), tested)
     sizes = [sum(plans.outline(one.tuning).trained.values()) for one in trainings.values()]
     keep = max((one.tuning.keep_checkpoints for one in work), default=0)
     rows = {one.method.name: one.tuning for one in work}
     memory = {name: plans.memory(tuning) for name, tuning in rows.items()}
     largest = max(memory, key=lambda name: sum(memory[name].values()))
+    asked = plans.asked(methods.values())
+    views = [view_bytes(ground, one, plans.n_scored) for one in asked]
     facts: dict[str, Any] = {
         "cells": sum(bool(one.tested) for one in work),
         "seeds": len(seeds),
-        "methods": len({one.method.name for one in work}),
+        "methods": len(methods),
         "trainings": len(trainings),
         "to_choose_settings": len(trainings.keys() - final.keys()),
         "seconds": {cause: round(value, 1) for cause, value in seconds.items()},
         "largest": largest,
-        "memory_bytes": memory[largest],
+        "memory_bytes": memory[largest] | max(views, key=lambda v: sum(v.values()), default={}),
         "disk_bytes": {
             "adapters": 4 * sum(sizes),
             "checkpoints, of one training at a time": 12 * keep * max(sizes, default=0),
-            "stores": n_passes * plans.store_bytes(),
+            **evidence_bytes(
+                ground,
+                {need for one in asked for need in one.needs},
+                plans.n_scored,
+                n_passes=n_passes,
+                n_warmups=n_warmups,
+            ),
         },
     }
     return Outcome(facts, _lines(facts))
@@ -119,8 +141,26 @@ class _Plans:
         return training_bytes(self.ground, tuning, self.outline(tuning))
 
     @cached_property
+    def scored(self) -> Outline:
+        """The model that gradients are taken of."""
+        return outline(self.ground)
+
+    @property
+    def n_scored(self) -> int:
+        return sum(self.scored.trained.values())
+
+    @cached_property
     def prices(self) -> Prices:
-        return Prices.measured(self.ground, outline(self.ground).n_base)
+        return Prices.measured(self.ground, self.scored.n_base)
+
+    @cached_property
+    def pass_price(self) -> float:
+        return pass_price(self.ground, self.scored, self.prices)
+
+    def asked(self, methods: Iterable[MatrixMethod]) -> list[Asked]:
+        """Return what each scorer asks for."""
+        recipe = self.ground.recipe
+        return [asked_by(recipe, m.method, m.options) for m in methods if m.method != FULL]
 
     def choice(self, one: Work) -> str:
         """Return what decides which examples a training gets."""
@@ -184,12 +224,12 @@ class _Plans:
 
     def step(self, name: str) -> float:
         """Return the seconds of one such step, for one seed."""
-        gradient = self.prices.gradient(trains_weights=self.ground.recipe.adapter.kind == "full")
+        recipe = self.ground.recipe
         if name == "warmup":
-            share = self.ground.recipe.warmup.fraction * epochs_run(self.ground)
-            return share * self.pool_tokens * gradient
-        price = gradient if name.startswith("gradients") else self.prices.forward
-        return self.pool_tokens * price
+            gradient = self.prices.gradient(trains_weights=recipe.adapter.kind == "full")
+            return recipe.warmup.fraction * epochs_run(self.ground) * self.pool_tokens * gradient
+        is_pass = name.startswith("gradients")
+        return self.pool_tokens * (self.pass_price if is_pass else self.prices.forward)
 
     def evaluation(self, work: Iterable[Work], tasks: Iterable[str]) -> float:
         """Return what ranking the options of held-out questions costs, base and models."""
@@ -198,11 +238,6 @@ class _Plans:
         n = sum(answers[task] for task in tasks)
         n += sum(answers[task] for one in work for task in one.tested)
         return n * float(self.ground.tokens.pool.lengths.mean()) * self.prices.forward
-
-    def store_bytes(self) -> int:
-        """Return what one gradient pass leaves."""
-        n_targets = sum(len(t) for t in self.ground.tokens.targets.values())
-        return 4 * len(self.ground.tokens.pool) * (n_targets + 8)
 
 
 def _lines(facts: Mapping[str, Any]) -> list[str]:

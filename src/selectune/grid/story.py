@@ -7,7 +7,7 @@ from typing import Any
 from selectune.evaluation import Interval
 from selectune.evaluation.estimate import Estimate
 from selectune.grid.cells import CELLS
-from selectune.grid.table import ComparisonTable, Row
+from selectune.grid.table import ComparisonTable, Row, fast_lines
 from selectune.report.grid import write_grid_report
 from selectune.report.grid_facts import Ends, GridCell, GridFacts, TextFacts
 from selectune.report.weight_facts import TransferFacts
@@ -49,6 +49,7 @@ def grid_facts(table: ComparisonTable, seeds: Sequence[int]) -> GridFacts:
         ],
         tried=[_tried(one) for one in table.tried],
         cells_folder=str(table.out / CELLS),
+        notes=fast_lines(table.fast),
     )
 
 
@@ -73,7 +74,7 @@ def _tried(one: dict[str, Any] | Any) -> tuple[str, str, float, int, float]:  # 
 
 
 def _ends(found: Interval | None) -> Ends | None:
-    return None if found is None else (found.mean_difference, found.low, found.high)
+    return None if found is None else found.ends
 
 
 def _estimated(found: Estimate | None) -> Ends | None:

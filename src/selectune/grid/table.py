@@ -13,6 +13,8 @@ from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds, to
 from selectune.grid.text_table import TextRow, text_lines
 from selectune.grid.transfer_table import TransferRow, transfer_lines
 from selectune.pipeline.arms import BASE
+from selectune.pipeline.economy import told_fast
+from selectune.report.grid_facts import won_lost
 from selectune.tables import aligned, signed
 
 RANDOM = "random"
@@ -34,6 +36,12 @@ _COLUMNS = (
     "time_ratio",
     "peak_ratio",
     "seconds",
+    "won",
+    "lost",
+)
+_NO_PEAKS = (
+    "peak / random is of a GPU alone: on a CPU memory is known of the whole process, which all "
+    "trainings share."
 )
 
 
@@ -89,6 +97,9 @@ class Row:
         peak_ratio: memory in training by that of random; None on a CPU.
         seconds: of all that one model needed, as if nothing were shared, mean over seeds and tasks;
             None for the base.
+        won: tasks of the row on which the method's answer loss is below that of random, 95 %
+            interval and all; None for base and random.
+        lost: the same above it.
     """
 
     task: str
@@ -108,6 +119,8 @@ class Row:
     time_ratio: float | None = None
     peak_ratio: float | None = None
     seconds: float | None = None
+    won: int | None = None
+    lost: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -126,6 +139,7 @@ class ComparisonTable:
         tried: answer loss on the targets held aside, by method, tasks and setting.
         transfers: what tuning on one task did to the others, where that was asked for.
         texts: what it did to plain text, where the recipe names one.
+        fast: with `score.fast`, how alike the ranks of a probe are, by method, tasks and seed.
     """
 
     rows: tuple[Row, ...]
@@ -134,6 +148,7 @@ class ComparisonTable:
     tried: Sequence[Mapping[str, Any]] = ()
     transfers: Sequence[TransferRow] = ()
     texts: Sequence[TextRow] = ()
+    fast: Sequence[Mapping[str, Any]] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -143,6 +158,8 @@ class ComparisonTable:
             found["transfer"] = [row.to_json() for row in self.transfers]
         if self.texts:
             found["text"] = [row.to_json() for row in self.texts]
+        if self.fast:
+            found["fast"] = [dict(one) for one in self.fast]
         return found
 
     def lines(self) -> list[str]:
@@ -154,8 +171,8 @@ class ComparisonTable:
         """Return it as Markdown tables, widths aligned."""
         head = (
             "task", "method", "answer loss", "accuracy", "precision", "loss - random [95 %]",
-            "accuracy - random [95 %]", "loss - base [95 %]", "lr", "epochs", "s / step",
-            "time / random", "peak / random",
+            "won : lost", "accuracy - random [95 %]", "loss - base [95 %]", "lr", "epochs",
+            "s / model", "s / step", "time / random", "peak / random",
         )  # fmt: skip
         body = [
             (
@@ -165,10 +182,12 @@ class ComparisonTable:
                 "-" if row.accuracy is None else f"{row.accuracy:.3f}",
                 "-" if row.precision is None else f"{row.precision:.2f}",
                 _told(row.loss_vs_random),
+                "-" if row.won is None else f"{row.won} : {row.lost}",
                 _told(row.accuracy_vs_random),
                 _told(row.loss_vs_base),
                 "-" if row.learning_rate is None else f"{row.learning_rate:g}",
                 "-" if row.epochs is None else str(row.epochs),
+                "-" if row.seconds is None else f"{row.seconds:.1f}",
                 _short(row.seconds_per_step),
                 _short(row.time_ratio),
                 _short(row.peak_ratio),
@@ -176,6 +195,10 @@ class ComparisonTable:
             for row in self.rows
         ]
         lines = aligned(head, body)
+        if all(row.peak_ratio is None for row in self.rows):
+            lines += ["", _NO_PEAKS]
+        if self.fast:
+            lines += ["", *fast_lines(self.fast)]
         if self.transfers:
             lines += ["", *transfer_lines(self.transfers)]
         if self.texts:
@@ -200,9 +223,25 @@ class ComparisonTable:
                 elif value is None:
                     cells += ["", "", ""]
                 else:
-                    cells += [value.mean_difference, value.low, value.high]
+                    cells += value.ends
             writer.writerow(cells)
         return sink.getvalue()
+
+
+def fast_lines(fast: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each method: how alike ranks of cheaper passes are to those of full ones.
+
+    Args:
+        fast: as a table has it.
+    """
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for one in fast:
+        by_method.setdefault(one["method"], []).append(one)
+    lines: list[str] = []
+    for method, mine in by_method.items():
+        line = f"{method}: {told_fast(min(mine, key=lambda one: one['spearman']))}"
+        lines.append(line + (f", the least of {len(mine)} scorings" if len(mine) > 1 else ""))
+    return lines
 
 
 def make_rows(
@@ -232,7 +271,18 @@ def make_rows(
             mine, random = (_answers(cells, tasks, m, seeds) for m in (method, RANDOM))
             row = _row(name, method, mine, random, base, n_boot)
             rows.append(_with_facts(row, cells, tasks, seeds))
-    return tuple(rows)
+    return tuple(_with_wins(row, rows) for row in rows)
+
+
+def _with_wins(row: Row, rows: Sequence[Row]) -> Row:
+    """Return a row with the tasks on which it beats random, or loses to it, beyond doubt."""
+    if row.loss_vs_random is None:
+        return row
+    mine = [row]
+    if row.task == ALL_TASKS:  # all of them together is no task
+        mine = [r for r in rows if r.method == row.method and r.task != ALL_TASKS]
+    won, lost = won_lost(r.loss_vs_random and r.loss_vs_random.ends for r in mine)
+    return replace(row, won=won, lost=lost)
 
 
 def _answers(

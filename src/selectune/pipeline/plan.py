@@ -4,11 +4,9 @@ Memory is counted from shapes; time from one short measured matrix product and t
 multiplications that each step needs. LIMITATIONS.md states how far both were off when measured.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from selectune.data import preview
 from selectune.gradients.products import WAITING_BYTES
@@ -23,12 +21,17 @@ from selectune.models import (
     quantization_of,
 )
 from selectune.pipeline import foresee
-from selectune.pipeline.economy import economy_of, n_top
 from selectune.pipeline.equip import adapter_of, scorer_of
 from selectune.pipeline.foresee import Outline, outline, refuse_unworkable
 from selectune.pipeline.ground import Ground
 from selectune.pipeline.outcome import Outcome
-from selectune.pipeline.prices import Prices, choosing_seconds, n_answers, training_seconds
+from selectune.pipeline.prices import (
+    Prices,
+    choosing_seconds,
+    n_answers,
+    pass_price,
+    training_seconds,
+)
 from selectune.pipeline.reselection import n_rescored
 from selectune.pipeline.warmup import epochs_run, n_checkpoints
 from selectune.recipe import ModelSection, Recipe, TuneSection
@@ -58,9 +61,9 @@ def make_plan(ground: Ground) -> Outcome:
     pool = ground.tokens.pool
     budget = Budget.of(recipe.select.budget, len(pool), int(pool.lengths.sum()))
     n_chosen = budget.examples or round((budget.tokens or 0) / max(1.0, float(pool.lengths.mean())))
-    asked = _asked(recipe)
-    memory = training_bytes(ground, recipe.tune, found) | _view_bytes(ground, asked, n_scored)
-    seconds = _seconds(ground, found, n_chosen, asked, n_scored)
+    asked = asked_by(recipe, recipe.score.method, recipe.score.options)
+    memory = training_bytes(ground, recipe.tune, found) | view_bytes(ground, asked, n_scored)
+    seconds = _seconds(ground, found, n_chosen, asked, scored)
     facts = {
         "device": str(device),
         "precision": choose_precision(recipe.model.dtype, device),
@@ -86,8 +89,8 @@ def make_plan(ground: Ground) -> Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """What the scorer of a recipe asks for.
+class Asked:
+    """What a scorer asks for.
 
     Attributes:
         needs: what it reads.
@@ -101,22 +104,31 @@ class _Asked:
 
     @property
     def is_of_gradients(self) -> bool:
+        """Whether it takes gradients of the pool."""
         return self.n_passes > 0
 
     @property
     def passes(self) -> str:
+        """What its passes are called."""
         return f"gradients at {self.n_passes} checkpoints" if self.n_passes > 1 else "gradients"
 
 
-def _asked(recipe: Recipe) -> _Asked:
-    entry = get("data_scorer", recipe.score.method)
+def asked_by(recipe: Recipe, method: str, options: Mapping[str, Any]) -> Asked:
+    """Return what a scorer of a recipe asks for.
+
+    Args:
+        recipe: of the run.
+        method: name of the scorer.
+        options: its options, as the recipe gives them.
+    """
+    entry = get("data_scorer", method)
     if "checkpoints" not in entry.needs:
-        return _Asked(entry.needs, int("gradients" in entry.needs), View())
-    reading: ReadsCheckpoints = entry.parse(dict(recipe.score.options))
-    return _Asked(entry.needs, n_checkpoints(recipe, reading), reading.view)
+        return Asked(entry.needs, int("gradients" in entry.needs), View())
+    reading: ReadsCheckpoints = entry.parse(dict(options))
+    return Asked(entry.needs, n_checkpoints(recipe, reading), reading.view)
 
 
-def _passes(ground: Ground, asked: _Asked) -> dict[str, float]:
+def _passes(ground: Ground, asked: Asked) -> dict[str, float]:
     """Return how often the pool is passed over before anything is chosen, by cause."""
     recipe = ground.recipe
     found: dict[str, float] = {}
@@ -131,8 +143,14 @@ def _passes(ground: Ground, asked: _Asked) -> dict[str, float]:
     return found
 
 
-def _view_bytes(ground: Ground, asked: _Asked, n_scored: int) -> dict[str, int]:
-    """Return what the gradient passes of a scorer hold beside a plain one."""
+def view_bytes(ground: Ground, asked: Asked, n_scored: int) -> dict[str, int]:
+    """Return what the gradient passes of a scorer hold in memory beside a plain one, by cause.
+
+    Args:
+        ground: of the run.
+        asked: by the scorer.
+        n_scored: numbers that gradients are taken of.
+    """
     found: dict[str, int] = {}
     if asked.view.adam != "none":
         found["moments of Adam"] = 8 * n_scored
@@ -205,42 +223,56 @@ def training_bytes(ground: Ground, tuning: TuneSection, found: Outline) -> dict[
     return memory
 
 
-def _disk(ground: Ground, n_scored: int, n_trained: int, asked: _Asked) -> dict[str, int]:
-    recipe = ground.recipe
+def evidence_bytes(
+    ground: Ground, needs: Collection[Need], n_scored: int, *, n_passes: int, n_warmups: int = 1
+) -> dict[str, int]:
+    """Return what scorers leave on disk before anything is chosen, by cause.
+
+    Args:
+        ground: of the run.
+        needs: of all scorers together.
+        n_scored: numbers that gradients are taken of.
+        n_passes: gradient passes over the pool.
+        n_warmups: trainings before them.
+    """
+    n_pool = len(ground.tokens.pool)
     n_targets = sum(len(t) for t in ground.tokens.targets.values())
-    arms = 1 + len(recipe.tune.controls)
-    is_own = recipe.model.adapter is not None
     found = {
-        "target gradients, until a pass is done": 4 * n_targets * n_scored * asked.is_of_gradients,
-        "store": 4 * len(ground.tokens.pool) * (n_targets + 8) * asked.n_passes,
+        # Of one pass at a time, however many there are.
+        "target gradients, until a pass is done": 4 * n_targets * n_scored * (n_passes > 0),
+        "store": 4 * n_pool * (n_targets + 8) * n_passes,
     }
-    if "checkpoints" in asked.needs and not is_own:
-        found["checkpoints of the warm-up"] = 12 * n_scored * epochs_run(ground)
-    if "hidden_states" in asked.needs:
-        found["cosines of hidden states"] = 8 * len(ground.tokens.pool) * n_targets
-    return found | {
+    if "checkpoints" in needs and ground.recipe.model.adapter is None:
+        found["checkpoints of the warm-up"] = 12 * n_scored * epochs_run(ground) * n_warmups
+    if "hidden_states" in needs:
+        found["cosines of hidden states"] = 8 * n_pool * n_targets
+    return found
+
+
+def _disk(ground: Ground, n_scored: int, n_trained: int, asked: Asked) -> dict[str, int]:
+    recipe = ground.recipe
+    arms = 1 + len(recipe.tune.controls)
+    return evidence_bytes(ground, asked.needs, n_scored, n_passes=asked.n_passes) | {
         "adapters and checkpoints": arms * n_trained * (4 + 12 * recipe.tune.keep_checkpoints),
     }
 
 
 def _seconds(
-    ground: Ground, found: Outline, n_chosen: int, asked: _Asked, n_scored: int
+    ground: Ground, found: Outline, n_chosen: int, asked: Asked, scored: Outline
 ) -> dict[str, float]:
     recipe, pool, tuning = ground.recipe, ground.tokens.pool, ground.recipe.tune
     prices = Prices.measured(ground, found.n_base)
     mean = float(pool.lengths.mean())
     gradient = prices.gradient(trains_weights=recipe.adapter.kind == "full")
     price = {"base losses": prices.forward, "hidden states": prices.forward}
-    economy, n_layers = economy_of(recipe.score, pool.lengths), len(blocks(found.model))
-    share = 1.0 if economy.layers is None else n_top(economy.layers, n_layers) / n_layers
-    short = float(np.minimum(pool.lengths, economy.max_length or np.inf).mean()) / mean
-    price[asked.passes] = short * (prices.forward + share * (gradient - prices.forward))
+    if asked.is_of_gradients:
+        price[asked.passes] = pass_price(ground, scored, prices)
     seconds = {
         cause: n * len(pool) * mean * price.get(cause, gradient)
         for cause, n in _passes(ground, asked).items()
     }
     if asked.view.projection.startswith("rademacher"):
-        products = 2 * n_scored * int(asked.view.projection.split(":")[1])
+        products = 2 * sum(scored.trained.values()) * int(asked.view.projection.split(":")[1])
         seconds["projections"] = asked.n_passes * len(pool) * products / prices.rate
     n_runs = {"selected": n_chosen}
     n_runs |= {c: len(pool) if c == FULL else n_chosen for c in tuning.controls}

@@ -6,11 +6,13 @@ LIMITATIONS.md states how far such numbers were off when measured.
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from selectune.data import Example
-from selectune.models import choose_device, choose_precision, load_config
+from selectune.models import blocks, choose_device, choose_precision, load_config
 from selectune.pipeline import foresee
+from selectune.pipeline.economy import economy_of, n_top
 from selectune.pipeline.equip import adapter_of, scorer_of
 from selectune.pipeline.foresee import Outline
 from selectune.pipeline.ground import Ground
@@ -32,15 +34,16 @@ class Prices:
     forward: float
 
     @classmethod
-    def measured(cls, ground: Ground, n_base: int) -> "Prices":
+    def measured(cls, ground: Ground, n_base: int, asked: str | None = None) -> "Prices":
         """Measure one product of the model's width.
 
         Args:
             ground: of the run.
             n_base: weights of the base.
+            asked: precision, as a recipe asks for it; None for the model's.
         """
         device = choose_device(ground.recipe.model.device)
-        precision = choose_precision(ground.recipe.model.dtype, device)
+        precision = choose_precision(asked or ground.recipe.model.dtype, device)
         hidden = int(load_config(ground.assets.model).hidden_size)
         rate = _products_per_second(device, precision, hidden)
         return cls(rate, 2 * n_base / rate)
@@ -82,6 +85,24 @@ def training_seconds(
     """
     price = prices.gradient(trains_weights=trains_weights(ground, tuning, outlined))
     return n_tokens * tuning.epochs * price * (1 + foresee.extra_work(tuning))
+
+
+def pass_price(ground: Ground, outlined: Outline, prices: Prices) -> float:
+    """Return the seconds of a gradient pass by token of the pool, less what the recipe leaves out.
+
+    Args:
+        ground: of the run.
+        outlined: the model that gradients are taken of.
+        prices: of the machine, in the model's precision.
+    """
+    recipe, lengths = ground.recipe, ground.tokens.pool.lengths
+    economy, n_layers = economy_of(recipe.score, lengths), len(blocks(outlined.model))
+    share = 1.0 if economy.layers is None else n_top(economy.layers, n_layers) / n_layers
+    read = np.minimum(lengths, economy.max_length or np.inf).mean() / lengths.mean()
+    if economy.precision is not None:
+        prices = Prices.measured(ground, outlined.n_base, economy.precision)
+    gradient = prices.gradient(trains_weights=recipe.adapter.kind == "full")
+    return float(read) * (prices.forward + share * (gradient - prices.forward))
 
 
 def choosing_seconds(

@@ -6,7 +6,15 @@ from pathlib import Path
 from selectune.files import write_file
 from selectune.report import figures, weight_transfer
 from selectune.report.blocks import drawn_rows, folded, isolated, listed, panel, section, table
-from selectune.report.grid_facts import ALL_TASKS, BASE, RANDOM, Ends, GridCell, GridFacts
+from selectune.report.grid_facts import (
+    ALL_TASKS,
+    BASE,
+    RANDOM,
+    Ends,
+    GridCell,
+    GridFacts,
+    won_lost,
+)
 from selectune.report.markup import Child, Markup, join, shortened, tag
 from selectune.report.numbers import count, decimal, duration, metric, percent
 from selectune.report.page import document
@@ -86,7 +94,7 @@ def _against_random(facts: GridFacts) -> Markup | None:
     for method in facts.rivals:
         mine = [facts.at(task, method) for task in facts.tasks]
         alone = [cell for cell in mine if cell.task != ALL_TASKS]
-        won, lost = (sum(cell.tone == tone for cell in alone) for tone in ("good", "bad"))
+        won, lost = won_lost(cell.against_random for cell in alone)
         score = join([tag("b", f"{won} : {lost}"), tag("span", f"of {len(alone)}", class_="unit")])
         rows.append([_name(method), *(_cell(facts, cell, scale) for cell in mine), score])
     headings: list[Child] = ["Method", *(_task(task) for task in facts.tasks)]
@@ -259,6 +267,7 @@ def _settings(facts: GridFacts) -> Markup | None:
         )
         if tried
         else None,
+        *(tag("p", note, class_="note", dir="auto") for note in facts.notes),
     )  # fmt: skip
 
 

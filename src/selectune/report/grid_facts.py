@@ -1,6 +1,6 @@
 """What the page of a comparison shows, as plain values."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from selectune.report.weight_facts import TransferFacts
@@ -8,6 +8,28 @@ from selectune.report.weight_facts import TransferFacts
 Ends = tuple[float, float, float]  # a value and the ends of its 95 % interval
 ALL_TASKS = "mean"
 BASE, RANDOM = "base", "random"
+
+
+def tone_of(against_random: Ends | None) -> str:
+    """Return whether a difference in loss leaves no doubt: good below zero, bad above, else even.
+
+    Args:
+        against_random: answer loss less that of random; None where there is none.
+    """
+    if against_random is None:
+        return "even"
+    _, low, high = against_random
+    return "good" if high < 0 else "bad" if low > 0 else "even"
+
+
+def won_lost(against_random: Iterable[Ends | None]) -> tuple[int, int]:
+    """Return on how many tasks a method is better than random beyond doubt, and on how many worse.
+
+    Args:
+        against_random: answer loss less that of random, task by task.
+    """
+    tones = [tone_of(ends) for ends in against_random]
+    return tones.count("good"), tones.count("bad")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +68,7 @@ class GridCell:
     @property
     def tone(self) -> str:
         """Return whether it is better than random as far as can be told: good, bad or even."""
-        if self.against_random is None:
-            return "even"
-        _, low, high = self.against_random
-        return "good" if high < 0 else "bad" if low > 0 else "even"
+        return tone_of(self.against_random)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +100,7 @@ class GridFacts:
         texts: what it did to plain text, likewise.
         tried: answer loss on the targets held aside, by method, tasks, learning rate and epochs.
         cells_folder: where each cell's recipe lies.
+        notes: on the settings, such as how alike the ranks of cheaper gradient passes are.
     """
 
     title: str
@@ -90,6 +110,7 @@ class GridFacts:
     texts: Sequence[TextFacts] = ()
     tried: Sequence[tuple[str, str, float, int, float]] = ()
     cells_folder: str = ""
+    notes: Sequence[str] = ()
 
     def at(self, task: str, method: str) -> GridCell:
         """Return one cell.

@@ -41,9 +41,16 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
         return types.SimpleNamespace(ok=not fake.problems, problems=fake.problems)
 
     def compare_all(
-        recipe: Recipe, *, out: Path, progress: Progress, allow: tuple[str, ...]
+        recipe: Recipe,
+        *,
+        out: Path,
+        progress: Progress,
+        allow: tuple[str, ...],
+        tell: Callable[[str], None] | None,
     ) -> FakeResult:
         fake.allowed = allow
+        if tell is not None:
+            tell("grid        as foreseen")
         fake.calls.append(("compare", out, recipe))
         return FakeResult("compare", out)
 

@@ -64,6 +64,16 @@ def test_compare_runs_the_matrix(
     assert capfd.readouterr().out.startswith("compare is done\n")
 
 
+@pytest.mark.parametrize("flag", ["--json", "--quiet", None])
+def test_the_log_of_a_batch_job_holds_the_forecast(
+    flag: str | None, recipe: str, steps: FakeSteps, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", recipe, "matrix.methods=[gist]", *([flag] if flag else [])]) == 0
+    told = capfd.readouterr()
+    assert told.err == ("" if flag == "--quiet" else "grid        as foreseen\n")
+    assert "foreseen" not in told.out
+
+
 def test_demo_runs_the_shipped_recipe(
     recipe: str, steps: FakeSteps, capfd: pytest.CaptureFixture[str]
 ) -> None:
