@@ -126,6 +126,42 @@ def test_what_does_not_go_together_is_refused(
         load_recipe(small_recipe(tmp_path), changes)
 
 
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        ("[gist, rds]", "rds"),
+        ("[{name: mine, method: less}, gist]", "mine"),
+        ("[{name: mine, method: tracin, tune: {method: gast}}]", "mine"),
+        ("[{name: mine, method: rds, tune: {reselect_every: null}}]", "mine"),
+    ],
+)
+def test_a_row_that_cannot_do_what_all_rows_are_told_is_refused(
+    tmp_path: Path, rows: str, name: str
+) -> None:
+    changes = ["tune.reselect_every=0.5", f"matrix.methods={rows}"]
+    with pytest.raises(ConfigError, match=f'row "{name}"') as caught:
+        load_recipe(small_recipe(tmp_path), changes)
+    assert "would choose the same" in caught.value.what
+    assert "tune: {reselect_every: 0.5}" in caught.value.do
+
+
+def test_what_stands_beside_in_a_grid_stays_as_it_is(tmp_path: Path) -> None:
+    path, everywhere = small_recipe(tmp_path), "tune.reselect_every=3"
+    # As among the controls of one run.
+    recipe = load_recipe(path, [everywhere, "matrix.methods=[random, full, gist]"])
+    table = compare(recipe, out=tmp_path / "grid", progress=Silent())
+    assert {row.method for row in table.rows} >= {"random", "full", "gist"}
+    for name, n_refreshes in (("random", 0), ("full", 0), ("gist", 1)):
+        cell = tmp_path / f"grid/cells/{name}-colours-seed-0"
+        assert len(json.loads((cell / "cell.json").read_text())["reselected"]) == n_refreshes
+        assert load_recipe(cell / "config.yaml").tune.reselect_every == 3  # a cell replays
+    # A row that is told by itself to choose anew has to be able to.
+    for method in ("random", "full"):
+        row = f"{{name: mine, method: {method}, tune: {{reselect_every: 3}}}}"
+        with pytest.raises(ConfigError, match=f"{method} would choose the same"):
+            load_recipe(path, [f"matrix.methods=[gist, {row}]"])
+
+
 def test_rows_of_a_grid_warm_up_and_choose_anew_on_their_own(tmp_path: Path) -> None:
     rows = (
         "[gist, {name: rests, method: gist, warmup: {until: overlap, epochs: 4, overlap: 0.01, "

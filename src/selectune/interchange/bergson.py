@@ -29,6 +29,7 @@ Aggregate = Literal["max", "mean"]
 Similarity = Literal["cosine", "dot"]
 
 _SCORES, _GRADIENTS, _INFO = "scores.bin", "gradients.bin", "info.json"
+_PROCESSOR = "processor_config.yaml"
 # bfloat16 is a type of ml_dtypes in numpy: read as its bits and widened, which is exact.
 _BFLOAT16 = "bfloat16"
 _TYPES = {
@@ -180,15 +181,25 @@ def _open_index(folder: Path) -> _Index:
     if not isinstance(sizes, dict) or not sizes or not all(_is_count(v) for v in sizes.values()):
         raise _odd(folder, f"grad_sizes are {str(sizes)[:80]}")
     sizes = cast("dict[str, int]", sizes)
-    kind = info.get("base_dtype")
-    if kind is None:  # an older index tells it in the format of a field, such as "(16,)<f4"
-        formats = (info.get("dtype") or {}).get("formats") or [""]
-        kind = str(formats[0]).rpartition(")")[2]
-    if kind not in _TYPES or kind == "bool":
-        raise _odd(folder, f"gradients are of the type {kind!r:.40}")
+    kind = _gradient_type(info, folder)
     n, d = _count(info, "num_grads", folder), sum(sizes.values())
     flat = _mapped(folder / _GRADIENTS, np.dtype(_TYPES[kind]), n * d)
     return _Index(flat.reshape(n, d), sizes, kind == _BFLOAT16)
+
+
+def _gradient_type(info: Mapping[str, Any], folder: Path) -> str:
+    told = info.get("base_dtype")
+    kind = told
+    if told is None:  # an older index tells it in the format of a field, such as "(16,)<f4"
+        told = info.get("dtype")
+        match told:
+            case {"formats": [str(first), *_]}:
+                kind = first.rpartition(")")[2]
+            case _:
+                pass
+    if not isinstance(kind, str) or kind not in _TYPES or kind == "bool":
+        raise _odd(folder, f"gradients are of the type {told!r:.40}")
+    return kind
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
@@ -231,6 +242,7 @@ def _score_type(info: Mapping[str, Any], m: int, folder: Path) -> np.dtype[Any]:
             names = [name for i in range(m) for name in (f"score_{i}", f"written_{i}")]
             known = all(isinstance(f, str) and f in _TYPES for f in formats)
             known = known and {*formats[1::2]} == {"bool"} and "bool" not in formats[::2]
+            known = known and len({*formats[::2]}) == 1  # bfloat16 is widened in all or in none
             if found == names and known:
                 try:
                     return np.dtype(
@@ -241,7 +253,7 @@ def _score_type(info: Mapping[str, Any], m: int, folder: Path) -> np.dtype[Any]:
                             "itemsize": size,
                         }
                     )
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, OverflowError) as error:
                     raise _odd(folder, f"its row is described wrongly: {error}") from error
         case _:
             pass
@@ -336,11 +348,21 @@ def _read_yaml(file: Path) -> Any:  # noqa: ANN401
 
 
 def _refuse_other_processing(folder: Path, query: Path) -> None:
-    ours, theirs = (_read_yaml(path / "processor_config.yaml") for path in (folder, query))
-    if ours is not None and theirs is not None and ours != theirs:
+    files = [path / _PROCESSOR for path in (folder, query)]
+    lacking = [file.parent for file in files if not file.is_file()]
+    if len(lacking) == 1:
+        (other,) = {folder, query}.difference(lacking)
+        raise IncompatibleRunError(
+            f"nothing says whether {folder.name} and {query.name} processed their gradients alike",
+            where=_PROCESSOR,
+            why=f"there is no {_PROCESSOR} in {lacking[0]}, and one in {other}",
+            do="copy the whole folder again, or build both with the same projection and normalizer",
+        )
+    ours, theirs = map(_read_yaml, files)
+    if ours != theirs:
         raise IncompatibleRunError(
             f"{folder.name} and {query.name} processed their gradients differently",
-            where="processor_config.yaml",
+            where=_PROCESSOR,
             why=f"{str(ours)[:200]} in one, {str(theirs)[:200]} in the other",
             do="build both with the same projection and normalizer",
         )

@@ -7,21 +7,22 @@ keeps every character and masks the prompt, conversations as `chat_template`, te
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.parquet as pq
 import yaml
 
-from selectune.data.sources import read_jsonl
+from selectune.data.sources import Raw, read_jsonl, read_parquet
 from selectune.errors import DataError
 from selectune.files import refuse_other_result, staged
 
 _KIND = "exported-selection"
 _JSONL, _PARQUET = "selected.jsonl", "selected.parquet"
+# With the entry in place the run would only say, once more, that the file is another.
+_AGAIN = 'restore it, or take "select" out of the steps in run.json and select again'
 
 
 class Tool(StrEnum):
@@ -58,7 +59,8 @@ def read_chosen(run: Path) -> list[Chosen]:
     """Return the chosen rows of a run, best first.
 
     Raises:
-        DataError: the run has chosen nothing yet, or the two files of the choice differ.
+        DataError: the run has chosen nothing yet, or the two files of the choice differ, cannot be
+            read or were edited.
     """
     for name in (_JSONL, _PARQUET):
         if not (run / name).is_file():
@@ -68,16 +70,58 @@ def read_chosen(run: Path) -> list[Chosen]:
                 why=f"there is no {name} in it",
                 do="selectune select recipe.yaml writes it; then name the folder of the run",
             )
-    rows = [cast("dict[str, Any]", row) for _, row in read_jsonl(run / _JSONL)]
-    table = pq.read_table(run / _PARQUET, columns=["id", "content"]).to_pylist()
-    if [row.get("selectune", {}).get("id") for row in rows] != [line["id"] for line in table]:
+    rows = list(_rows(run / _JSONL, read_jsonl))
+    lines = [cast("dict[str, Any]", line) for line in _rows(run / _PARQUET, read_parquet)]
+    ids = [line.get("id") for line in lines]
+    if None in ids or [_id(row) for row in rows] != ids:
         raise DataError(
             f"{_JSONL} and {_PARQUET} hold other examples",
             where=str(run),
             why="one of them was changed after the run wrote both",
-            do="select again",
+            do=_AGAIN,
         )
-    return [Chosen(json.loads(line["content"]), row) for line, row in zip(table, rows, strict=True)]
+    contents = [_content(line, run / _PARQUET) for line in lines]
+    return [
+        Chosen(content, cast("dict[str, Any]", row))
+        for content, row in zip(contents, rows, strict=True)
+    ]
+
+
+def _rows(path: Path, read: Callable[[Path], Iterator[Raw]]) -> Iterator[object]:
+    """Yield the rows of a file that the run wrote."""
+    try:
+        for _, row in read(path):
+            yield row
+    except DataError as error:
+        why = f"{error.where}: {error.why}" if error.why else error.where
+        raise DataError(error.what, where=str(path), why=why, do=_AGAIN) from error
+
+
+def _id(row: object) -> object:
+    match row:
+        case {"selectune": {"id": found}}:
+            return found
+        case _:
+            return None
+
+
+def _content(line: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Return the canonical content of one row of the table."""
+    try:
+        found = json.loads(line.get("content") or "")
+    except (ValueError, TypeError, RecursionError):
+        found = None
+    match found:
+        case {"text": str()} | {"prompt": str(), "completion": str()} | {"messages": list()}:
+            return cast("dict[str, Any]", found)
+        case _:
+            raise DataError(
+                f'the row "{line["id"]}" of {path.name} has no content',
+                where=str(path),
+                why='its column "content" is neither text, nor a prompt and its completion, nor '
+                "messages",
+                do=_AGAIN,
+            )
 
 
 def write_for(

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     )
 
 FULL = "full"  # the whole pool, where a scorer could be named
+RANDOM = "random"  # what every choice is compared with
 PLAIN = "plain"  # no method, where a training method could be named
 BESIDE_QUANTISED = ("lora", "dora")  # kinds of adapter that are tested on quantised weights
+
+_STAYS = "it does not look at the gradients of the model that trains"
 
 
 def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
@@ -77,12 +80,23 @@ def _unsuited(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
         ConfigError(
             f"{name} would choose the same examples again",
             where=tree.where(path),
-            why="it does not look at the gradients of the model that trains",
+            why=_STAYS,
             do="use gist, grad_cosine or another scorer of gradients, or remove "
             "tune.reselect_every",
         )
         for path, name in _reselecting(recipe)
-        if "gradients" not in registry.get("data_scorer", name).needs
+        if not _reads_the_model(name)
+    ]
+    stays += [
+        ConfigError(
+            f'the row "{row}" would choose the same examples again: {name}',
+            where=tree.where(path),
+            why=f"tune.reselect_every is for every row, and {name}: {_STAYS}",
+            do="remove tune.reselect_every, and give the rows that can choose anew one of their "
+            f"own: tune: {{reselect_every: {recipe.tune.reselect_every}}}",
+        )
+        for path, row, name in _told_to_reselect(recipe)
+        if not _reads_the_model(name)
     ]
     return stays + [
         ConfigError(
@@ -97,8 +111,12 @@ def _unsuited(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
     ]
 
 
+def _reads_the_model(name: str) -> bool:
+    return name != FULL and "gradients" in registry.get("data_scorer", name).needs
+
+
 def _reselecting(recipe: "Recipe") -> "list[tuple[words.Path, str]]":
-    """Return the place and name of every scorer that is told to choose anew."""
+    """Return the place and name of every scorer that is told by itself to choose anew."""
     found: list[tuple[words.Path, str]] = []
     if recipe.matrix is None and recipe.tune.reselect_every is not None:
         found.append((("tune", "reselect_every"), recipe.score.method))
@@ -106,7 +124,23 @@ def _reselecting(recipe: "Recipe") -> "list[tuple[words.Path, str]]":
         if not isinstance(row, str) and row.tune and row.tune.reselect_every is not None:
             path: words.Path = ("matrix", "methods", i, "tune", "reselect_every")
             found.append((path, row.method))
-    return [one for one in found if one[1] != FULL]
+    return found
+
+
+def _told_to_reselect(recipe: "Recipe") -> "list[tuple[words.Path, str, str]]":
+    """Return place, name and scorer of every row that chooses anew because all rows shall.
+
+    Random examples and the whole pool stand beside, and stay as they are, as one run's controls do.
+    """
+    found: list[tuple[words.Path, str, str]] = []
+    if recipe.matrix is None or recipe.tune.reselect_every is None:
+        return found
+    for i, row in enumerate(recipe.matrix.methods):
+        name, method = (row, row) if isinstance(row, str) else (row.name, row.method)
+        own = None if isinstance(row, str) or row.tune is None else row.tune.reselect_every
+        if own is None and method not in (RANDOM, FULL):
+            found.append((("matrix", "methods", i), name, method))
+    return found
 
 
 def _scored(recipe: "Recipe") -> "list[tuple[words.Path, str, WarmupSection]]":

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ IDS = tuple(example.id for example in read_examples(POOL))
 TABLE = np.asarray([[0.5, -1.0], [0.25, 2.0], [-3.0, 0.0]])
 SIZES = {"layers.0.q": 2, "layers.1.v": 3}
 NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+
+MIXED = {
+    "names": ["score_0", "written_0", "score_1", "written_1"],
+    "formats": ["bfloat16", "bool", "float32", "bool"],
+    "offsets": [0, 4, 8, 12],
+    "itemsize": 16,
+}
 
 
 def as_stored(values: np.ndarray, kind: str) -> np.ndarray:
@@ -151,12 +159,66 @@ def test_modules_are_matched_by_name_and_old_indexes_are_read(tmp_path: Path) ->
         ({"num_scores": 1}, "described as"),
         ({"dtype": "O"}, "described as"),
         ({"dtype": {"names": ["score_0"], "formats": ["O"]}}, "described as"),
+        ({"dtype": MIXED}, "described as"),
     ],
 )
 def test_odd_descriptions_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     folder = changed(make_scores(tmp_path / "s"), **changes)
     with pytest.raises(DataError, match=words):
         bergson_scores(folder, POOL, higher_is_better=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attribute_tokens": True}, "a row per token"),
+        ({"num_grads": 4}, "promises"),
+        ({"num_grads": True}, "num_grads is True"),
+        ({"num_grads": 3.0}, "num_grads is 3.0"),
+        ({"grad_sizes": [2, 3]}, "grad_sizes are"),
+        ({"grad_sizes": {}}, "grad_sizes are"),
+        ({"grad_sizes": {"q": 2, "v": "3"}}, "grad_sizes are"),
+        ({"grad_sizes": {"q": 2**70}}, "promises"),
+        ({"base_dtype": "bool"}, "of the type 'bool'"),
+        ({"base_dtype": ["float32"]}, "of the type .'float32'"),
+        ({"base_dtype": {"float32": 1}}, "of the type"),
+        ({"base_dtype": 4}, "of the type 4"),
+        # As an older index, which tells its type in that of a row.
+        ({"base_dtype": None}, "of the type"),
+        ({"base_dtype": None, "dtype": "<f4"}, "of the type"),
+        ({"base_dtype": None, "dtype": ["<f4"]}, "of the type"),
+        ({"base_dtype": None, "dtype": {"formats": []}}, "of the type"),
+        ({"base_dtype": None, "dtype": {"formats": "<f4"}}, "of the type"),
+        ({"base_dtype": None, "dtype": {"formats": {"q": "<f4"}}}, "of the type"),
+        ({"base_dtype": None, "dtype": {"formats": [["<f4"]]}}, "of the type"),
+        ({"base_dtype": None, "dtype": {"formats": ["O"]}}, "of the type .*'O'"),
+    ],
+)
+def test_odd_descriptions_of_an_index_are_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = changed(make_index(tmp_path / "p", np.ones((3, 5))), **changes)
+    with pytest.raises(DataError, match=words):
+        bergson_similarity(folder, folder, POOL)
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 0.5, 2**70, "<f4", ["<f4"], {"a": ["<f4"]}, {}])
+def test_no_key_of_a_description_is_trusted(value: object, tmp_path: Path) -> None:
+    scores, index = make_scores(tmp_path / "s"), make_index(tmp_path / "p", np.ones((3, 5)))
+
+    def try_each(folder: Path, read: Callable[[], object]) -> None:
+        info = json.loads((folder / "info.json").read_text())
+        tried = [{**info, key: value} for key in info]
+        for key, held in info.items():
+            if isinstance(held, dict):
+                tried += [{**info, key: {**held, inner: value}} for inner in held]
+        for one in tried:
+            (folder / "info.json").write_text(json.dumps(one))
+            with suppress(DataError, IncompatibleRunError):
+                read()
+
+    try_each(scores, lambda: bergson_scores(scores, POOL, higher_is_better=True))
+    try_each(index, lambda: bergson_similarity(index, index, POOL))
 
 
 def test_what_cannot_be_joined_is_said(tmp_path: Path) -> None:
@@ -178,6 +240,11 @@ def test_what_cannot_be_joined_is_said(tmp_path: Path) -> None:
     assert "processed their gradients differently" in words(
         lambda: bergson_similarity(pool, query, POOL)
     )
+    (pool / "processor_config.yaml").unlink()
+    for pair in ((pool, query), (query, pool)):
+        alone = words(lambda pair=pair: bergson_similarity(*pair, POOL))
+        assert f"there is no processor_config.yaml in {pool}, and one in {query}" in alone
+    (query / "processor_config.yaml").unlink()
     (pool / "gradients.bin").write_bytes(b"\x80\x04.")
     assert "the disk holds 3" in words(lambda: bergson_similarity(pool, query, POOL))
     assert "there is no info.json" in words(lambda: bergson_similarity(tmp_path, query, POOL))

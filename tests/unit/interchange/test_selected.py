@@ -12,6 +12,8 @@ import yaml
 
 from selectune.cli import main
 from selectune.data import read_examples
+from selectune.errors import DataError
+from selectune.interchange.selected import read_chosen
 from workspace import byte_tokenizer, write_jsonl
 
 PROMPT = {"prompt": "1 + 1?", "completion": " 2", "options": [" 2", " 3"], "source": "sums"}
@@ -136,3 +138,40 @@ def test_what_cannot_be_exported_is_said(export: Export, capfd: pytest.CaptureFi
     export("axolotl", TEXT)
     assert not Path("out/prompts.jsonl").exists()  # replaced as a whole
     assert "something else" in words("run", "--to", "axolotl", "--out", "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "said"),
+    [
+        ("selected.parquet", b"PAR1 and no more", "cannot read"),
+        ("selected.parquet", {"id": ["a"]}, "no content"),
+        ("selected.parquet", {"content": ['{"text": "Once."}']}, "hold other examples"),
+        ("selected.parquet", {"id": ["a"], "content": [7]}, "no content"),
+        ("selected.parquet", {"id": ["a"], "content": ["{"]}, "no content"),
+        ("selected.parquet", {"id": ["a"], "content": ["[]"]}, "no content"),
+        ("selected.parquet", {"id": ["a"], "content": ["{}"]}, "no content"),
+        ("selected.parquet", {"id": ["a"], "content": ['{"prompt": "1"}']}, "no content"),
+        ("selected.parquet", {"id": ["a"], "content": ['{"text": 1}']}, "no content"),
+        ("selected.jsonl", b"{", "malformed JSON"),
+        ("selected.jsonl", b"\xff", "not UTF-8"),
+        ("selected.jsonl", b"7", "hold other examples"),
+        ("selected.jsonl", b"{}", "hold other examples"),
+        ("selected.jsonl", b'{"selectune": "a"}', "hold other examples"),
+        ("selected.jsonl", b'{"selectune": {"id": ["a"]}}', "hold other examples"),
+    ],
+)
+def test_a_selection_that_was_damaged_or_edited_is_to_be_made_again(
+    tmp_path: Path, name: str, held: bytes | dict[str, list[Any]], said: str
+) -> None:
+    write_jsonl(tmp_path / "selected.jsonl", [{**TEXT, "selectune": {"id": "a"}}])
+    content = json.dumps(TEXT)
+    pq.write_table(pa.table({"id": ["a"], "content": [content]}), tmp_path / "selected.parquet")
+    assert [one.content for one in read_chosen(tmp_path)] == [TEXT]
+    if isinstance(held, bytes):
+        (tmp_path / name).write_bytes(held)
+    else:
+        pq.write_table(pa.table(held), tmp_path / name)
+    with pytest.raises(DataError, match=said) as caught:
+        read_chosen(tmp_path)
+    assert str(tmp_path) in caught.value.where
+    assert "select again" in caught.value.do
