@@ -30,7 +30,7 @@ from selectune.errors import ConfigError, DataError
 from selectune.evaluation import Evaluation, Generation
 from selectune.evaluation.generic_text import GenericLoss
 from selectune.evaluation.transfer import Scoring
-from selectune.files import lock, sweep, write_file
+from selectune.files import KillPoint, kill_point, lock, sweep, write_file
 from selectune.files.disk import remove
 from selectune.grid.cells import cell_folder, replay, write_cell
 from selectune.grid.plan import Work, forecast
@@ -347,6 +347,7 @@ class _Grid:
             self.recipe, folder, method, tasks=tasks, tested=tested, seed=seed, setting=setting
         )
         write_cell(folder, {**about, **facts}, alone)
+        kill_point(KillPoint.CELL_DONE)
         sources = [prepared.sources[i] for i in selection.ids]
         known = set(prepared.sources.values())
         found: dict[str, Cell] = {}
@@ -541,6 +542,7 @@ def compare(
         write_file(out / "table.csv", table.to_csv().encode())
         write_file(out / "table.md", ("\n".join(table.tables()) + "\n").encode())
         page = write_page(table, matrix.seeds)
+        kill_point(KillPoint.REPORT_DONE)
         files = ["table.json", "table.csv", "table.md", page.name]
         made = digest({"rows": [row.to_json() for row in table.rows]})
         record.write("compare", made, cost={}, files=files, facts={"costs": costs})
