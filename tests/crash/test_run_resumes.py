@@ -28,6 +28,9 @@ POINTS = (
     "evaluate.done:2",
     "stage.manifest_written:9",
 )
+# What owners and grids do besides is killed by test_emulate_resumes.py and test_compare_resumes.py.
+NOT_OF_A_RUN = ("emulate.", "generate.", "read.", "cell.")
+OF_A_RUN = [point for point in KillPoint if not point.startswith(NOT_OF_A_RUN)]
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +109,7 @@ def test_the_comparison_covers_what_the_documents_promise(undisturbed: dict[str,
 
 
 def test_a_run_passes_every_kill_point(passes: dict[str, int]) -> None:
-    # What a model's owner does is no part of a run; test_emulate_resumes.py kills it.
-    of_a_run = {str(point) for point in KillPoint if not point.startswith("emulate.")}
-    assert passes.keys() == of_a_run
+    assert passes.keys() == {str(point) for point in OF_A_RUN}
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -141,7 +142,7 @@ def test_a_run_killed_again_and_again_still_arrives(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", sorted(EXIT_CODES))
-@pytest.mark.parametrize("point", KillPoint)
+@pytest.mark.parametrize("point", OF_A_RUN)
 def test_whatever_the_point_and_the_signal_a_run_goes_on(
     point: KillPoint,
     sign: str,

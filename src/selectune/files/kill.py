@@ -29,6 +29,9 @@ class KillPoint(StrEnum):
     SCORES_DONE = "scores.done"
     SELECTION_DONE = "selection.done"
     EVALUATE_DONE = "evaluate.done"
+    GENERATE_DONE = "generate.done"
+    READ_DONE = "read.done"
+    CELL_DONE = "cell.done"
     REPORT_DONE = "report.done"
     EMULATE_LAYER_DONE = "emulate.layer_done"
 

@@ -30,7 +30,7 @@ from selectune.errors import ConfigError, DataError
 from selectune.evaluation import Evaluation, Generation
 from selectune.evaluation.generic_text import GenericLoss
 from selectune.evaluation.transfer import Scoring
-from selectune.files import lock, sweep, write_file
+from selectune.files import KillPoint, kill_point, lock, sweep, write_file
 from selectune.files.disk import remove
 from selectune.grid.cells import cell_folder, chosen_scores, replay, write_cell
 from selectune.grid.plan import Work, forecast
@@ -362,6 +362,7 @@ class _Grid:
         )
         chosen = None if choice.scores is None else chosen_scores(choice.scores, selection)
         write_cell(folder, {**about, **facts}, alone, chosen)
+        kill_point(KillPoint.CELL_DONE)
         if choice.scores is not None and "fast" in choice.scores.about:
             alike = choice.scores.about["fast"]
             told = {key: alike[key] for key in ("settings", "n_probe", "spearman")}
@@ -572,6 +573,7 @@ def compare(
         write_file(out / "table.csv", table.to_csv().encode())
         write_file(out / "table.md", ("\n".join(table.tables()) + "\n").encode())
         page = write_page(table, matrix.seeds)
+        kill_point(KillPoint.REPORT_DONE)
         files = ["table.json", "table.csv", "table.md", page.name]
         made = digest({"rows": [row.to_json() for row in table.rows]})
         record.write("compare", made, cost={}, files=files, facts={"costs": costs})

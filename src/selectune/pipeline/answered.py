@@ -104,6 +104,7 @@ def generate_arm(
                 stage.write_json(
                     "facts.json", {"left_out": left_out, "n_truncated": written.n_truncated}
                 )
+        kill_point(KillPoint.GENERATE_DONE)
         found[task] = written
     return found
 
@@ -138,6 +139,7 @@ def read_arm(
         found = generic_loss(model, texts, base.tokenizer, window=window, advance=advance, **how)
         with staged(folder, kind="reading", meta={"fingerprint": fingerprint}) as stage:
             stage.write_json("loss.json", asdict(found))
+    kill_point(KillPoint.READ_DONE)
     return found
 
 

@@ -1,7 +1,6 @@
 """What the steps of one run share: data, tokens, the base model, and where results lie."""
 
 import json
-import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -303,9 +302,9 @@ class Ground:
 
     def copy_price(self, path: Path, to: Path) -> None:
         """Put what one result cost beside another that was made with it."""
-        shutil.copyfile(
-            path.with_name(f"{path.name}.cost.json"), to.with_name(f"{to.name}.cost.json")
-        )
+        price = path.with_name(f"{path.name}.cost.json").read_bytes()
+        # As a whole: half a price, after a kill, would be refused by every later call.
+        write_file(to.with_name(f"{to.name}.cost.json"), price)
 
     def recall(self, step: str, path: Path) -> None:
         """Read what a finished step cost: seconds of all processes that shared it, highest peak.
