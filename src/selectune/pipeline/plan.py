@@ -279,8 +279,8 @@ def _seconds(
     if choosing := choosing_seconds(ground, tuning, found, prices, n_chosen, mean):
         seconds["weights"] = len(n_runs) * choosing
     if tuning.tokens is not None:
-        scored = sum(n for arm, n in n_runs.items() if arm != PLAIN)
-        seconds["token scores"] = len(ground.tasks) * scored * mean * gradient
+        n_told = sum(n for arm, n in n_runs.items() if arm != PLAIN)
+        seconds["token scores"] = len(ground.tasks) * n_told * mean * gradient
     for arm, n in n_runs.items():
         how = tuning.plainly() if arm == PLAIN else tuning
         seconds[f"tune {arm}"] = training_seconds(ground, how, found, prices, n * mean)
