@@ -62,7 +62,7 @@ def command(folder: Path, matrix: str = MATRIX) -> list[str | Path]:
     rows = (json.dumps({"text": text}) + "\n" for text in ("Nobody knows.", "One is one."))
     (folder / "text.jsonl").write_text("".join(rows))
     recipe = (two_tasks if matrix == TRANSFER else small_recipe)(folder, matrix)
-    return [recipe, *WISHES, f"evaluate.text={folder}/text.jsonl"]
+    return ["--quiet", recipe, *WISHES, f"evaluate.text={folder}/text.jsonl"]
 
 
 def contents(run: Path) -> Found:
@@ -70,8 +70,11 @@ def contents(run: Path) -> Found:
     home = str(run.parent)
     found: Found = {"table.json": without_clock(json.loads((run / "table.json").read_text()))}
     for path in sorted(run.glob("cells/*/*")):
-        text = path.read_text().replace(home, "")
         name = path.relative_to(run).as_posix()
+        if path.suffix == ".parquet":
+            found[name] = path.read_bytes()
+            continue
+        text = path.read_text().replace(home, "")
         found[name] = without_clock(json.loads(text)) if path.suffix == ".json" else text
     return found
 
@@ -101,7 +104,7 @@ def go_on(cli: WarmCli, words: list[str | Path], folder: Path) -> Found:
 def test_what_is_compared_is_what_a_grid_finds(undisturbed: tuple[Found, Found]) -> None:
     found, _ = undisturbed
     assert sorted(found["table.json"]) == ["rows", "text", "tried"]
-    assert len(found) == 1 + 2 * 3 * 2  # a recipe and numbers: three methods, two seeds
+    assert len(found) == 1 + 3 * 3 * 2  # recipe, numbers, choice: three methods, two seeds
     assert found["cells/less-colours-seed-1/cell.json"]["generated"].keys() == {"colours"}
 
 
