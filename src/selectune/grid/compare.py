@@ -33,6 +33,7 @@ from selectune.evaluation.transfer import Scoring
 from selectune.files import KillPoint, kill_point, lock, sweep, write_file
 from selectune.files.disk import remove
 from selectune.grid.cells import cell_folder, chosen_scores, replay, write_cell
+from selectune.grid.offsite import Emulators, fitted_rows
 from selectune.grid.plan import Work, forecast
 from selectune.grid.story import write_page
 from selectune.grid.table import ALL_TASKS, RANDOM, Cell, ComparisonTable, make_rows
@@ -91,6 +92,7 @@ class _Grid:
         self.read: dict[str, dict[tuple[str, int], GenericLoss]] = {}
         self._aside: dict[str, list[Example]] = {}
         first = self.ground(matrix.seeds[0])
+        self.emulators = Emulators(recipe, first, progress)
         self.tasks = list(matrix.targets) or list(first.prepared.targets)
         asked = dict.fromkeys([*self.tasks, *self._elsewhere])
         missing = [task for task in asked if task not in first.prepared.heldout]
@@ -113,14 +115,18 @@ class _Grid:
 
         Args:
             seed: of the run.
-            method: a row that may have a warm-up of its own; None for the section warmup.
+            method: a row that may have a warm-up or an emulator of its own; None for the base with
+                the section warmup.
         """
-        own = None if method is None else method.warmup
-        key = seed, "" if own is None or method is None else method.name
+        own = (None, None) if method is None else (method.warmup, method.emulate)
+        rows = [m for m in self.methods if (m.warmup, m.emulate) == own]
+        key = seed, "" if own == (None, None) else rows[0].name
         if key not in self._grounds:
-            recipe, rows = self.recipe, [m for m in self.methods if m.warmup is None]
-            if own is not None and method is not None:
-                recipe, rows = recipe.model_copy(update={"warmup": own}), [method]
+            recipe = self.recipe
+            if method is not None and method.emulate is not None:
+                recipe = self.emulators.recipe(method)
+            if method is not None and method.warmup is not None:
+                recipe = recipe.model_copy(update={"warmup": method.warmup})
             matrix = self.matrix.model_copy(update={"methods": rows})
             grid = recipe.model_copy(update={"matrix": matrix})
             # Checked already: without the matrix some of it would seem to be for nothing.
@@ -138,7 +144,7 @@ class _Grid:
 
     @property
     def costs(self) -> dict[str, Any]:
-        """What was worked once for many, by seed, and by row where it has a warm-up of its own."""
+        """What was worked once for many, by seed, and by row where a ground is its own."""
         return {
             f"{seed} {name}".strip(): dict(ground.costs)
             for (seed, name), ground in self._grounds.items()
@@ -177,6 +183,11 @@ class _Grid:
             return [tuple(self.tasks)]
         return [(task,) for task in self.tasks]
 
+    def refuse_unworkable(self) -> None:
+        """Refuse trainings and emulators that cannot be, before anything is made."""
+        refuse_unworkable(self.ground(self.matrix.seeds[0]), self.tunings)
+        self.emulators.refuse_unworkable(self.methods)
+
     @property
     def tunings(self) -> list[TuneSection]:
         """One way of training for each method."""
@@ -184,18 +195,8 @@ class _Grid:
 
     def tuning(self, method: MatrixMethod, lr: float, epochs: int) -> TuneSection:
         """Return how a method's row is trained with one setting."""
-        changes: dict[str, Any] = {"learning_rate": lr, "epochs": epochs}
-        if method.tune is not None:
-            own = method.tune
-            changes |= {"method": own.method, "options": own.options}
-            if own.reselect_every is not None:
-                changes["reselect_every"] = own.reselect_every
-            # A row that trains something of its own does so alone.
-            if own.adapter is not None or own.weights is not None:
-                changes |= {"adapter": own.adapter, "weights": own.weights}
-            if own.tokens is not None:
-                changes |= {"tokens": own.tokens}
-        return self.recipe.tune.model_copy(update=changes)
+        tune = self.recipe.tune if method.tune is None else method.tune.over(self.recipe.tune)
+        return tune.model_copy(update={"learning_rate": lr, "epochs": epochs})
 
     def select(self, method: MatrixMethod, tasks: Tasks, seed: int) -> _Choice:
         """Return what a method chooses for some tasks together, and what it chooses by."""
@@ -264,6 +265,8 @@ class _Grid:
         choice = self.select(method, tasks, seed)
         ground.focus(tasks)
         tuning = self.tuning(method, *setting)
+        if method.emulate is not None:
+            tuning = self.emulators.of(method).tuning(tuning)
         arm = tune_arm(ground, label, choice.selection, tuning=tuning, source=choice.source)
         # With Adam's state they weigh several times what they led to, and nothing resumes any more.
         for checkpoint in arm.path.parent.glob("checkpoint-*"):
@@ -316,7 +319,7 @@ class _Grid:
             label = f"{method.name} lr {lr:g} epochs {epochs}"
             _, arm = self.train(method, tasks, seed, (lr, epochs), label)
             questions = {task: self._aside[task] for task in tasks}
-            answers = evaluate_arm(self.ground(seed), label, arm.path, questions)
+            answers = evaluate_arm(self.ground(seed, method), label, arm.path, questions)
             # Tasks count alike, however many targets they have.
             losses[lr, epochs] = float(np.mean([e.answer_loss for e in answers.values()]))
             self.tried.append(
@@ -336,18 +339,24 @@ class _Grid:
         label = " ".join([method.name, *(tasks if len(tasks) == 1 else ()), f"seed {seed}"])
         choice, arm = self.train(method, tasks, seed, setting, label)
         ground, selection = self.ground(seed, method), choice.selection
-        prepared, load = ground.prepared, once(ground, arm.path)
+        prepared, load, within = ground.prepared, once(ground, arm.path), ""
+        if method.emulate is not None:
+            load, within = self.emulators.plugged(ground, method, arm)
         tested = self.tested(tasks)
         questions = {task: prepared.heldout[task] for task in tested}
-        answers = evaluate_arm(ground, label, arm.path, questions, load=load)
+        answers = evaluate_arm(ground, label, arm.path, questions, load=load, within=within)
         self._keep(method, tasks, seed, answers, "likelihood")
         facts: dict[str, Any] = {"likelihood": _told(answers)}
+        if method.emulate is not None:
+            own = {task: questions[task] for task in tasks}
+            tuned = self.emulators.ask(ground, method, arm, own, label=label, seed=seed)
+            facts["on_emulator"] = _told(tuned)
         if self.recipe.evaluate.generate:
-            written = generate_arm(ground, label, arm.path, questions, load=load)
+            written = generate_arm(ground, label, arm.path, questions, load=load, within=within)
             self._keep(method, tasks, seed, written, "generated")
             facts["generated"] = _told(written)
         if self.reads_text:
-            read = read_arm(ground, label, arm.path, load=load)
+            read = read_arm(ground, label, arm.path, load=load, within=within)
             self.read.setdefault(method.name, {})[tasks[0], seed] = read
             facts["text_nats_per_token"] = read.nats_per_token
         rate, epochs = setting
@@ -357,9 +366,8 @@ class _Grid:
                  "selection": digest({"ids": selection.ids}),
                  "reselected": [asdict(refresh) for refresh in arm.refreshes]}  # fmt: skip
         folder = cell_folder(self.out, method.name, tasks, seed)
-        alone = replay(
-            self.recipe, folder, method, tasks=tasks, tested=tested, seed=seed, setting=setting
-        )
+        whole, row = self._of_cell(method)
+        alone = replay(whole, folder, row, tasks=tasks, tested=tested, seed=seed, setting=setting)
         chosen = None if choice.scores is None else chosen_scores(choice.scores, selection)
         write_cell(folder, {**about, **facts}, alone, chosen)
         kill_point(KillPoint.CELL_DONE)
@@ -383,6 +391,13 @@ class _Grid:
                 peak_bytes=arm.result.peak_bytes if self.is_measured else None,
             )
         return found
+
+    def _of_cell(self, method: MatrixMethod) -> tuple[Recipe, MatrixMethod]:
+        """Return recipe and row that make a cell anew; on an emulator, the data owner's half."""
+        if method.emulate is None:
+            return self.recipe, method
+        alone = self.emulators.recipe(method).model_copy(update={"matrix": self.matrix})
+        return alone, method.model_copy(update={"emulate": None, "tune": None})
 
     def _seconds_before(self, ground: Ground, method: MatrixMethod, label: str) -> float:
         """Return what a method's evidence cost, as if no other had shared it."""
@@ -506,7 +521,7 @@ def plan_grid(recipe: Recipe, *, out: Path, progress: Progress) -> Outcome:
     """
     recipe, matrix = _with_matrix(recipe)
     grid = _Grid(recipe, matrix, out, progress)
-    refuse_unworkable(grid.ground(matrix.seeds[0]), grid.tunings)
+    grid.refuse_unworkable()
     return grid.forecast()
 
 
@@ -537,7 +552,7 @@ def compare(
         sweep(out)
         record = Record(out, recipe, allow=("matrix", *allow))
         grid = _Grid(recipe, matrix, out, progress)
-        refuse_unworkable(grid.ground(matrix.seeds[0]), grid.tunings)
+        grid.refuse_unworkable()
         for line in grid.forecast().lines():
             (tell or progress.note)(line)
         cells: dict[tuple[str, str, int], Cell] = {}
@@ -568,6 +583,8 @@ def compare(
             grid.transfer_table(bases),
             grid.text_table(),
             grid.fast,
+            grid.emulators.tables(grid.methods, cells, bases, n_boot=recipe.evaluate.intervals),
+            grid.emulators.facts(grid.methods),
         )
         write_file(out / "table.json", json.dumps(table.to_json(), indent=1).encode())
         write_file(out / "table.csv", table.to_csv().encode())
@@ -581,7 +598,7 @@ def compare(
 
 
 def _with_matrix(recipe: Recipe) -> tuple[Recipe, MatrixSection]:
-    recipe = fitted(recipe)
+    recipe = fitted_rows(fitted(recipe))
     if recipe.matrix is None:
         raise ConfigError("the recipe has no matrix", where="matrix", do="add matrix.methods")
     return recipe, recipe.matrix

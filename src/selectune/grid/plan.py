@@ -60,7 +60,7 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
 
     Equal trainings are counted once as far as they are known to be equal: two scorers that choose
     the same examples are found out only later. Projections, written answers and plain text are not
-    priced.
+    priced, nor making emulators; what runs on one is priced as if it ran on the base.
 
     Args:
         ground: of one seed.
@@ -74,7 +74,8 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
     masks = {plans.mask_key(one): one for one in trainings.values()}
     seconds: dict[str, float] = {}
     n_passes = 0
-    n_warmups = len(seeds) * len({str(one.method.warmup) for one in work})
+    grounds = {(str(one.method.warmup), _emulator(one.method)) for one in work}
+    n_warmups = len(seeds) * len(grounds)
     methods = {one.method.name: one.method for one in work}
     for step in plans.steps(methods.values()):
         n = n_warmups if step.startswith(_PER_SEED) else 1
@@ -173,7 +174,7 @@ class _Plans:
         )
         where = one.tasks if depends else ()
         before = None if one.method.warmup is None else one.method.warmup.model_dump()
-        told = [one.method.method, dict(one.method.options), before, where]
+        told = [one.method.method, dict(one.method.options), before, where, _emulator(one.method)]
         return json.dumps(told, sort_keys=True)
 
     def key(self, one: Work) -> str:
@@ -236,8 +237,15 @@ class _Plans:
         heldout, limit = self.ground.prepared.heldout, self.ground.recipe.evaluate.limit
         answers = {task: n_answers(examples, limit) for task, examples in heldout.items()}
         n = sum(answers[task] for task in tasks)
-        n += sum(answers[task] for one in work for task in one.tested)
+        for one in work:
+            n += sum(answers[task] for task in one.tested)
+            if one.method.emulate is not None:  # the emulator is asked too, as it trained
+                n += sum(answers[task] for task in one.tasks)
         return n * float(self.ground.tokens.pool.lengths.mean()) * self.prices.forward
+
+
+def _emulator(method: MatrixMethod) -> str:
+    return "" if method.emulate is None else method.emulate.model_dump_json()
 
 
 def _lines(facts: Mapping[str, Any]) -> list[str]:

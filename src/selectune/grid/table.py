@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from selectune.evaluation import Evaluation, Interval, Metric, compare_seeds, together
 from selectune.grid.text_table import TextRow, text_lines
 from selectune.grid.transfer_table import TransferRow, transfer_lines
+from selectune.offsite.table import OffsiteTable
 from selectune.pipeline.arms import BASE
 from selectune.pipeline.economy import told_fast
 from selectune.report.grid_facts import won_lost
@@ -140,6 +141,8 @@ class ComparisonTable:
         transfers: what tuning on one task did to the others, where that was asked for.
         texts: what it did to plain text, where the recipe names one.
         fast: with `score.fast`, how alike the ranks of a probe are, by method, tasks and seed.
+        offsite: what tuning on emulators won, by metric, where rows have one.
+        emulators: what their owner knows of them, by row.
     """
 
     rows: tuple[Row, ...]
@@ -149,6 +152,8 @@ class ComparisonTable:
     transfers: Sequence[TransferRow] = ()
     texts: Sequence[TextRow] = ()
     fast: Sequence[Mapping[str, Any]] = ()
+    offsite: Sequence[OffsiteTable] = ()
+    emulators: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -160,6 +165,9 @@ class ComparisonTable:
             found["text"] = [row.to_json() for row in self.texts]
         if self.fast:
             found["fast"] = [dict(one) for one in self.fast]
+        if self.offsite:
+            tables = [table.to_json() for table in self.offsite]
+            found["offsite"] = {"tables": tables, "emulators": dict(self.emulators)}
         return found
 
     def lines(self) -> list[str]:
@@ -203,6 +211,8 @@ class ComparisonTable:
             lines += ["", *transfer_lines(self.transfers)]
         if self.texts:
             lines += ["", *text_lines(self.texts)]
+        for table in self.offsite:
+            lines += ["", *table.lines()]
         return lines
 
     def to_csv(self) -> str:

@@ -22,7 +22,13 @@ Load = Callable[[], tuple[Base, nn.Module]]
 
 
 def evaluate_arm(
-    ground: Ground, name: str, path: Path | None, questions: Questions, *, load: Load | None = None
+    ground: Ground,
+    name: str,
+    path: Path | None,
+    questions: Questions,
+    *,
+    load: Load | None = None,
+    within: str = "",
 ) -> dict[str, Evaluation]:
     """Return how an arm ranks the options of held-out examples, by task.
 
@@ -32,13 +38,15 @@ def evaluate_arm(
         path: of what was tuned; None for the untouched base.
         questions: examples by task.
         load: from `once`, where more than this is asked of the arm; None loads it for this alone.
+        within: what stands for the model that the arm was plugged into, where `load` gives that;
+            "" for the arm as it was trained.
     """
     section = ground.recipe.evaluate
     load = load or once(ground, path)
     found: dict[str, Evaluation] = {}
     for task, examples in questions.items():
         asked = list(examples)[: section.limit]
-        fingerprint = digest(_facts(ground, path, asked))
+        fingerprint = digest(_facts(ground, path, asked, within))
         folder = ground.place("evaluation", f"evaluation/{name}-{task}", fingerprint)
         step = f"evaluate {name}"
         if ground.is_done(folder, "evaluation", fingerprint):
@@ -63,7 +71,13 @@ def evaluate_arm(
 
 
 def generate_arm(
-    ground: Ground, name: str, path: Path | None, questions: Questions, *, load: Load | None = None
+    ground: Ground,
+    name: str,
+    path: Path | None,
+    questions: Questions,
+    *,
+    load: Load | None = None,
+    within: str = "",
 ) -> dict[str, Generation]:
     """Return what an arm writes to held-out examples with options, by task.
 
@@ -73,6 +87,8 @@ def generate_arm(
         path: of what was tuned; None for the untouched base.
         questions: examples by task; a task without options is left out.
         load: from `once`, where more than this is asked of the arm; None loads it for this alone.
+        within: what stands for the model that the arm was plugged into, where `load` gives that;
+            "" for the arm as it was trained.
     """
     section = ground.recipe.evaluate
     load = load or once(ground, path)
@@ -81,7 +97,7 @@ def generate_arm(
         asked = [e for e in examples if e.options][: section.limit]
         if not asked:
             continue
-        fingerprint = digest({**_facts(ground, path, asked), "form": "generated"})
+        fingerprint = digest({**_facts(ground, path, asked, within), "form": "generated"})
         folder = ground.place("generation", f"generation/{name}-{task}", fingerprint)
         step = f"generate {name}"
         if ground.is_done(folder, "generation", fingerprint):
@@ -110,7 +126,12 @@ def generate_arm(
 
 
 def read_arm(
-    ground: Ground, name: str, path: Path | None, *, load: Load | None = None
+    ground: Ground,
+    name: str,
+    path: Path | None,
+    *,
+    load: Load | None = None,
+    within: str = "",
 ) -> GenericLoss:
     """Return what an arm expects of the recipe's plain text.
 
@@ -119,10 +140,12 @@ def read_arm(
         name: of the arm, for progress and prices.
         path: of what was tuned; None for the untouched base.
         load: from `once`, where more than this is asked of the arm; None loads it for this alone.
+        within: what stands for the model that the arm was plugged into, where `load` gives that;
+            "" for the arm as it was trained.
     """
     texts = ground.texts[: ground.recipe.evaluate.limit]
     content = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    fingerprint = digest({**_facts(ground, path, ()), "texts": content})
+    fingerprint = digest({**_facts(ground, path, (), within), "texts": content})
     folder = ground.place("reading", f"reading/{name}", fingerprint)
     step = f"read {name}"
     if ground.is_done(folder, "reading", fingerprint):
@@ -166,7 +189,9 @@ def _how(ground: Ground, base: Base) -> dict[str, Any]:
     }
 
 
-def _facts(ground: Ground, path: Path | None, asked: Sequence[Example]) -> dict[str, Any]:
+def _facts(
+    ground: Ground, path: Path | None, asked: Sequence[Example], within: str
+) -> dict[str, Any]:
     """Return what answers depend on."""
     recipe = ground.recipe
     device = choose_device(recipe.model.device)
@@ -179,6 +204,7 @@ def _facts(ground: Ground, path: Path | None, asked: Sequence[Example]) -> dict[
         "device": device.type,
         "precision": choose_precision(recipe.model.dtype, device),
         "token_budget": recipe.evaluate.token_budget,
+        **({"within": within} if within else {}),  # answers of older versions have no such key
     }
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from selectune.data import Example, read_examples
 from selectune.data.examples import plain_text
+from selectune.digests import digest
 from selectune.models import (
     blocks,
     load_base,
@@ -48,6 +49,19 @@ class Emulation:
         self._text = demo.paths(section.calibration)
         self._probe = None if section.probe is None else demo.paths(section.probe)
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the emulator depends on beside model and recipe: text and questions, by content."""
+        return {
+            "text": digest({"texts": self._texts()}),
+            "questions": {task: [e.id for e in asked] for task, asked in self._questions().items()},
+        }
+
+    def outline(self) -> nn.Module:
+        """Return the model as shapes only."""
+        with torch.device("meta"):
+            return cast("nn.Module", AutoModelForCausalLM.from_config(load_config(self.model)))
+
     def plan(self) -> Outcome:
         """Say what the emulator would be; weights are not read, and nothing is written.
 
@@ -56,9 +70,7 @@ class Emulation:
             DataError: there is too little calibration text, or a question cannot be read.
         """
         section = self.recipe.emulate
-        with torch.device("meta"):
-            config = load_config(self.model)
-            bare = cast("nn.Module", AutoModelForCausalLM.from_config(config))
+        bare = self.outline()
         compressor = compressor_of(section.method, section.options)
         refuse_budget(compressor, section.budget)
         ahead = outlook(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,11 @@ class Ground:
 
     def borrow(self, other: "Ground") -> None:
         """Take data and tokens from a ground of the same data section, instead of reading anew."""
-        self.assets, self.prepared = other.assets, other.prepared
+        is_same = self.recipe.model == other.recipe.model
+        # An emulator of the other's model reads the same tokens, and is another model.
+        model = other.assets.model if is_same else self.recipe.model
+        self.assets = replace(other.assets, model=model)
+        self.prepared = other.prepared
         self.tokenizer, self.tokens = other.tokenizer, other.tokens
         self.texts = other.texts
 

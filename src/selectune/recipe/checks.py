@@ -27,6 +27,11 @@ _READ_BY = {
     "prefix": frozenset({"virtual_tokens"}),
     "full": frozenset({"layers"}),
 }
+# What an emulator cannot be made of.
+_NO_PLAIN_MODEL = {
+    "adapter": "an emulator is made of a plain model, and gradients are taken of the emulator",
+    "quantization": "quantised weights can be neither decomposed nor narrowed",
+}
 
 
 def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
@@ -197,6 +202,17 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 "matrix.transfer takes every selection from one task's own examples",
                 "remove select.quotas, or remove matrix.transfer",
             )
+    for i, row in enumerate(matrix.methods if matrix else ()):
+        if isinstance(row, str) or row.emulate is None:
+            continue
+        for key, why in _NO_PLAIN_MODEL.items():
+            if getattr(recipe.model, key) is not None:
+                add(
+                    ("matrix", "methods", i, "emulate"),
+                    f"no emulator can be made beside model.{key}",
+                    why,
+                    f"remove model.{key}, or remove emulate from the row",
+                )
     tasks = recipe.data.target
     tested = matrix.transfer if matrix and not isinstance(matrix.transfer, bool) else []
     named = [("targets", *pair) for pair in enumerate(matrix.targets if matrix else ())]

@@ -45,6 +45,8 @@ def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
         found += _scorer((*path, "method"), row.method, row.options, tree)
         if row.tune is not None:
             found += _training((*path, "tune"), row.tune, tree)
+        if row.emulate is not None:
+            found += unknown_compressor(row.emulate, tree, path)
     return found or [*_unused_economy(recipe, tree), *_unsuited(recipe, tree)]
 
 
@@ -161,9 +163,17 @@ def _scored(recipe: "Recipe") -> "list[tuple[words.Path, str, WarmupSection]]":
     return [one for one in found if one[1] not in (FULL, PLAIN)]
 
 
-def unknown_compressor(section: "EmulateSection", tree: Tree) -> list[ConfigError]:
-    """Return what is wrong with the compressor that an owner's recipe names, and its options."""
-    path = ("emulate", "method")
+def unknown_compressor(
+    section: "EmulateSection", tree: Tree, home: words.Path = ()
+) -> list[ConfigError]:
+    """Return what is wrong with the compressor that a section names, and its options.
+
+    Args:
+        section: of an owner's recipe, or of a row of a comparison.
+        tree: that holds it.
+        home: where the section stands in it.
+    """
+    path = (*home, "emulate", "method")
     try:
         entry = registry.get("compressor", section.method, where=tree.where(path))
     except ConfigError as error:

@@ -1,12 +1,17 @@
 """A recipe whose base is an emulator: what it trains is limited to what its owner takes back."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from torch import nn
 
 from selectune.adapters.add import LORA_MODULES
 from selectune.errors import ConfigError
 from selectune.models import adapter_layers, model_is_package
-from selectune.offsite.loading import manifest_of, outline
-from selectune.offsite.manifests import Form, PublicManifest
+from selectune.offsite.loading import manifest_of
+from selectune.offsite.loading import outline as outline_of
+from selectune.offsite.manifests import Form, Terms
 from selectune.pipeline.equip import scorer_of
 from selectune.recipe import AdapterSection, Recipe, TuneChoice, TuneSection, WeightsSection
 from selectune.weights.eligible import eligible_weights
@@ -31,9 +36,43 @@ def fitted(recipe: Recipe) -> Recipe:
     Raises:
         ConfigError: it asks for another layer, or for what cannot be plugged in.
     """
-    if not model_is_package(recipe.model.base):
+    base = recipe.model.base
+    if not model_is_package(base):
         return recipe
-    package = _Package(recipe, manifest_of(recipe.model.base))
+    manifest = manifest_of(base)
+    return limited(
+        recipe, Limits(manifest.adapter_layers, manifest.terms, lambda: outline_of(base))
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limits:
+    """What an emulator's owner lets train, and takes back.
+
+    Attributes:
+        layers: that train, as the model counts them.
+        terms: of the owner.
+        outline: returns the model as shapes only.
+        who: what an error calls the emulator.
+    """
+
+    layers: Sequence[int]
+    terms: Terms
+    outline: Callable[[], nn.Module]
+    who: str = "model.base is an emulator"
+
+
+def limited(recipe: Recipe, limits: Limits) -> Recipe:
+    """Return the recipe with what trains limited to what an emulator's owner takes back.
+
+    Args:
+        recipe: with the emulator as its base, or with the model that it will be made of.
+        limits: of the emulator.
+
+    Raises:
+        ConfigError: as `fitted`.
+    """
+    package = _Package(limits)
     tune, matrix = recipe.tune, recipe.matrix
     is_silent = tune.adapter is None and tune.weights is None
     if "adapter" not in recipe.model_fields_set and is_silent and package.takes("full"):
@@ -59,9 +98,9 @@ def fitted(recipe: Recipe) -> Recipe:
 class _Package:
     """What one package lets a recipe train."""
 
-    def __init__(self, recipe: Recipe, manifest: PublicManifest) -> None:
-        self._base, self._terms = recipe.model.base, manifest.terms
-        self._layers = list(manifest.adapter_layers)
+    def __init__(self, limits: Limits) -> None:
+        self._terms, self._outline, self._who = limits.terms, limits.outline, limits.who
+        self._layers = list(limits.layers)
 
     def takes(self, form: Form) -> bool:
         """Return whether the package's owner takes this form back."""
@@ -112,7 +151,7 @@ class _Package:
         if not self.takes("full"):
             raise self._unplugged("single weights", where, "train LoRA factors")
         asked = scorer_of(section, seed=0).eligible
-        found = eligible_weights(outline(self._base), asked)
+        found = eligible_weights(self._outline(), asked)
         names = [name for name, weight in found.items() if weight.layer in self._layers]
         strange = [w for w in found.values() if w.layer not in self._layers]
         if strange and (isinstance(asked, list) or not names):
@@ -123,8 +162,8 @@ class _Package:
         return ConfigError(
             f"{what} does not train",
             where=where,
-            why=f"model.base is an emulator whose adapter is layers {self._layers}; the others "
-            "stand in for what its owner keeps",
+            why=f"{self._who} whose adapter is layers {self._layers}; the others stand in for what "
+            "its owner keeps",
             do=f"use these layers, or some of them; without {where.rpartition('.')[-1]}, all",
         )
 
@@ -132,7 +171,7 @@ class _Package:
         return ConfigError(
             f"{what} cannot be plugged into the model",
             where=where,
-            why="model.base is an emulator, and its owner takes back "
+            why=f"{self._who}, and its owner takes back "
             + " or ".join("whole layers" if f == "full" else "LoRA" for f in self._terms.forms),
             do=do,
         )

@@ -458,6 +458,18 @@ class TuneChoice(Section):
         default=None, description="when this row chooses anew; null: tune.reselect_every"
     )
 
+    def over(self, tune: TuneSection) -> TuneSection:
+        """Return how the row is trained, where a recipe's other rows are trained like `tune`."""
+        changes: dict[str, Any] = {"method": self.method, "options": self.options}
+        if self.reselect_every is not None:
+            changes["reselect_every"] = self.reselect_every
+        # A row that trains something of its own does so alone.
+        if self.adapter is not None or self.weights is not None:
+            changes |= {"adapter": self.adapter, "weights": self.weights}
+        if self.tokens is not None:
+            changes |= {"tokens": self.tokens}
+        return tune.model_copy(update=changes)
+
 
 class MatrixMethod(Section):
     """One row of a comparison, with options of its own."""
@@ -477,6 +489,13 @@ class MatrixMethod(Section):
         default=None,
         description="warm-up before this row's gradients alone; null: the section warmup, which "
         "serves all others together",
+    )
+    emulate: EmulateSection | None = Field(
+        default=None,
+        exclude_if=_is_null,
+        description="an emulator of model.base, made once, that this row selects and tunes on; its "
+        "answers are those of model.base with the tuned layers plugged in; layers are counted as "
+        "in model.base",
     )
 
 
