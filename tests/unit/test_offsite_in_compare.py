@@ -10,16 +10,17 @@ import yaml
 from offsite_case import OWNER, owner_recipe, tuner_recipe
 from selectune.errors import ConfigError, SelectionError
 from selectune.evaluation import Evaluation
+from selectune.grid import compare as grids
 from selectune.grid import offsite
 from selectune.grid.compare import ComparisonTable, compare, plan_grid
-from selectune.offsite.plugin import plug_files
+from selectune.offsite.plugin import plug_files, read_owner
 from selectune.pipeline.answered import evaluate_arm
 from selectune.pipeline.arms import BASE, SELECTED
 from selectune.pipeline.emulation import Emulation
 from selectune.pipeline.ground import Ground
 from selectune.pipeline.run import Run
 from selectune.progress import Silent
-from selectune.recipe import Recipe, load_owner_recipe, load_recipe
+from selectune.recipe import MatrixMethod, Recipe, TuneSection, load_owner_recipe, load_recipe
 from selectune.recipe.package import fitted
 from small_run import RECIPE
 
@@ -118,6 +119,8 @@ def test_the_offsite_table_has_the_rows_in_the_open_beside(folder: Path) -> None
     delta = emulated["pi"] - emulated["eft"]
     assert emulated["delta"]["mean_difference"] == pytest.approx(delta)
     assert "emulator ZS" in (folder / "run/table.md").read_text()
+    assert "On emulators" in (folder / "run/report.html").read_text()
+    assert "2 emulators of one model" in (folder / "run/emulators/report.html").read_text()
 
 
 def test_an_emulator_is_made_once_for_all_seeds(folder: Path) -> None:
@@ -150,6 +153,40 @@ def test_layers_of_a_row_are_those_of_the_model(folder: Path) -> None:
     assert config["matrix"]["methods"][2]["tune"]["adapter"]["layers"] == [3]
     cell = folder / "run/cells/dropped-colours-seed-0/config.yaml"
     assert yaml.safe_load(cell.read_text())["tune"]["adapter"]["layers"] == [2]
+
+
+def test_single_weights_of_a_row_are_named_as_in_its_emulator(folder: Path) -> None:
+    chosen = {"method": "gallop", "options": {"density": 0.1}}
+    rows = [{**ROWS[2], "tune": {"weights": chosen}}]
+    recipe = offsite.fitted_rows(grid_recipe(folder, rows=rows))
+    assert recipe.matrix is not None
+    row = recipe.matrix.methods[0]
+    assert isinstance(row, MatrixMethod)
+    assert row.tune is not None
+    ahead = row.tune.over(recipe.tune)
+    owner = Path(table(folder)["offsite"]["emulators"]["dropped"]["owner"])
+    made = offsite.Made(owner.with_name("package"), owner, read_owner(owner))
+    names = [_eligible(tuning) for tuning in (ahead, made.tuning(ahead))]
+    assert [_layers(found) for found in names] == [{0, 3}, {0, 2}]
+    assert len(names[0]) == len(names[1])
+    on_package = made.tuning(ahead)
+    alone = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"base": str(made.package)}),
+            "tune": on_package,
+            "matrix": None,
+        }
+    )
+    assert fitted(alone).tune == on_package
+
+
+def _eligible(tuning: TuneSection) -> list[str]:
+    assert tuning.weights is not None
+    return tuning.weights.options["eligible"]
+
+
+def _layers(names: list[str]) -> set[int]:
+    return {int(name.split(".")[2]) for name in names}
 
 
 def test_the_recipe_of_a_cell_makes_the_data_owners_half(folder: Path, tmp_path: Path) -> None:
@@ -206,3 +243,25 @@ def test_no_emulator_is_made_of_an_emulator(folder: Path, tmp_path: Path) -> Non
     recipe = grid_recipe(folder, f"model.base={package}", rows=row(tune=None))
     with pytest.raises(ConfigError, match="not made of an emulator"):
         compare(recipe, out=tmp_path, progress=Silent())
+
+
+def test_settings_are_chosen_by_the_emulators_answers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, str] = {}
+
+    def ask(ground: Ground, name: str, *args: Any, **more: Any) -> Any:  # noqa: ANN401
+        asked[name] = ground.recipe.model.base
+        return evaluate_arm(ground, name, *args, **more)
+
+    monkeypatch.setattr(grids, "evaluate_arm", ask)
+    recipe = grid_recipe(
+        folder, f"output={tmp_path}", "matrix.seeds=[0]",
+        "matrix.tune={learning_rate: [1e-2, 1e-6]}", rows=[ROWS[2]],
+    )  # fmt: skip
+    told = compare(recipe, out=tmp_path, progress=Silent())
+    package = told.emulators["dropped"]["package"]
+    trials = {name: base for name, base in asked.items() if " lr " in name}
+    assert len(trials) == 4
+    assert all((base == package) == name.startswith("dropped") for name, base in trials.items())
+    assert next(r for r in told.rows if r.method == "dropped").learning_rate == 1e-2

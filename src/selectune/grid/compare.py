@@ -590,6 +590,7 @@ def compare(
         write_file(out / "table.csv", table.to_csv().encode())
         write_file(out / "table.md", ("\n".join(table.tables()) + "\n").encode())
         page = write_page(table, matrix.seeds)
+        grid.emulators.write_page(grid.methods, table.offsite)
         kill_point(KillPoint.REPORT_DONE)
         files = ["table.json", "table.csv", "table.md", page.name]
         made = digest({"rows": [row.to_json() for row in table.rows]})

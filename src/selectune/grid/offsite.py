@@ -54,6 +54,8 @@ from selectune.recipe import (
     TuneSection,
 )
 from selectune.recipe.package import Limits, fitted, limited
+from selectune.report.emulator_facts import EmulatorFacts
+from selectune.report.emulator_frontier import write_frontier
 
 ByTask = Mapping[str, Evaluation]
 
@@ -260,6 +262,28 @@ class Emulators:
                 about = {k: v for k, v in made.record.about.items() if k != "layers"}
                 told[row.name] = {"package": str(made.package), "owner": str(made.owner), **about}
         return told
+
+    def write_page(
+        self, rows: Sequence[MatrixMethod], tables: Sequence[OffsiteTable]
+    ) -> Path | None:
+        """Write the owner's page on several emulators, and return its path.
+
+        Args:
+            rows: of the grid.
+            tables: from `tables`.
+
+        Returns:
+            None where there are not several, or they were not judged on one probe.
+        """
+        found = {
+            row.name: EmulatorFacts.of(self.of(row).record.model_dump(mode="json"))
+            for row in rows
+            if row.emulate is not None
+        }
+        losses = {round(one.quality["losses_nats"]["original"], 6) for one in found.values()}
+        if len(found) < 2 or len(losses) > 1:
+            return None
+        return write_frontier(self._openly.out / "emulators", found, tables[0])
 
     def _in_the_open(
         self, row: MatrixMethod, rows: Sequence[MatrixMethod]

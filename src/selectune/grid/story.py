@@ -50,6 +50,7 @@ def grid_facts(table: ComparisonTable, seeds: Sequence[int]) -> GridFacts:
         tried=[_tried(one) for one in table.tried],
         cells_folder=str(table.out / CELLS),
         notes=fast_lines(table.fast),
+        offsite=table.offsite,
     )
 
 

@@ -3,7 +3,10 @@
 import math
 from pathlib import Path
 
+from selectune.evaluation import Interval
 from selectune.files import write_file
+from selectune.offsite.table import ALL_TASKS as OFFSITE_ALL
+from selectune.offsite.table import OffsiteTable
 from selectune.report import figures, weight_transfer
 from selectune.report.blocks import drawn_rows, folded, isolated, listed, panel, section, table
 from selectune.report.grid_facts import (
@@ -47,6 +50,7 @@ def render(facts: GridFacts) -> str:
         _price(facts),
         _elsewhere(facts),
         _texts(facts),
+        _offsite(facts),
         _settings(facts),
         _replay(facts),
     )
@@ -237,6 +241,49 @@ def _texts(facts: GridFacts) -> Markup | None:
         table(["Method", "Nats per token", "Perplexity", "Less the base", "Less random"], rows,
               class_="plain"),
     )  # fmt: skip
+
+
+def _offsite(facts: GridFacts) -> Markup | None:
+    if not facts.offsite:
+        return None
+    return section(
+        "offsite",
+        "On emulators",
+        "Rows that a data owner would tune: the model untouched (ZS), tuned in the open (FT; only "
+        "the layers that train offsite, FT-adapter), the emulator untouched and tuned (EFT), and "
+        "the model with what was tuned on the emulator (PI), which the rest of this page is about. "
+        "A bad emulator buys Δ cheaply: read it beside ZS and FT.",
+        *(_offsite_table(one) for one in facts.offsite),
+    )
+
+
+def _offsite_table(found: OffsiteTable) -> Markup:
+    is_loss = found.metric == "answer_loss"
+    digits = 3 if is_loss else 1
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    def interval(one: Interval | None) -> Child:
+        if one is None:
+            return tag("span", "–", class_="soft")
+        ends = ", ".join(_signed(x, digits) for x in (one.low, one.high))
+        return f"{_signed(one.mean_difference, digits)} [{ends}]"
+
+    rows: list[list[Child]] = [
+        [
+            _name(row.method),
+            isolated("all tasks" if row.task == OFFSITE_ALL else shortened(row.task, 40)),
+            *map(number, (row.zs, row.ft, row.ft_adapter, row.emulator_zs, row.eft, row.pi)),
+            *map(interval, (row.delta, row.gain, row.lost)),
+        ]
+        for row in found.rows
+    ]
+    unit = "nats per token" if is_loss else "% right"
+    headings: list[Child] = ["Method", "Task", join(["ZS", tag("span", unit, class_="unit")])]
+    headings += ["FT", "FT-adapter", "Emulator ZS", "EFT", "PI"]
+    headings += ["Δ = PI − EFT", "PI − ZS", "PI − FT-adapter"]
+    return table(headings, rows, class_="plain")
 
 
 def _settings(facts: GridFacts) -> Markup | None:

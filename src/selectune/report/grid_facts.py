@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from selectune.offsite.table import OffsiteTable
 from selectune.report.weight_facts import TransferFacts
 
 Ends = tuple[float, float, float]  # a value and the ends of its 95 % interval
@@ -101,6 +102,7 @@ class GridFacts:
         tried: answer loss on the targets held aside, by method, tasks, learning rate and epochs.
         cells_folder: where each cell's recipe lies.
         notes: on the settings, such as how alike the ranks of cheaper gradient passes are.
+        offsite: what tuning on emulators won, a table per metric.
     """
 
     title: str
@@ -111,6 +113,7 @@ class GridFacts:
     tried: Sequence[tuple[str, str, float, int, float]] = ()
     cells_folder: str = ""
     notes: Sequence[str] = ()
+    offsite: Sequence[OffsiteTable] = ()
 
     def at(self, task: str, method: str) -> GridCell:
         """Return one cell.
