@@ -320,7 +320,9 @@ def fitted_rows(recipe: Recipe) -> Recipe:
         SelectionError: there is no such layer.
     """
     matrix = recipe.matrix
-    if matrix is None or not any(_is_emulated(row) for row in matrix.methods):
+    rows = [] if matrix is None else matrix.methods
+    emulated = [row for row in rows if not isinstance(row, str) and row.emulate is not None]
+    if matrix is None or not emulated:
         return recipe
     if model_is_package(DemoNames().path(recipe.model.base)):
         raise ConfigError(
@@ -329,15 +331,15 @@ def fitted_rows(recipe: Recipe) -> Recipe:
             why=f"{recipe.model.base} is a package, and a row makes an emulator of model.base",
             do="name the model itself as model.base, or remove emulate from the row",
         )
-    rows = [row if isinstance(row, str) else _fitted(recipe, row) for row in matrix.methods]
+    bare = _emulation(recipe, _section(emulated[0]), Path(), None).outline()
+    rows = [row if isinstance(row, str) else _fitted(recipe, row, bare) for row in rows]
     return recipe.model_copy(update={"matrix": matrix.model_copy(update={"methods": rows})})
 
 
-def _fitted(recipe: Recipe, row: MatrixMethod) -> MatrixMethod:
+def _fitted(recipe: Recipe, row: MatrixMethod, bare: nn.Module) -> MatrixMethod:
     if row.emulate is None:
         return row
     terms = Terms.model_validate_json(row.emulate.terms.model_dump_json())
-    bare = _emulation(recipe, row.emulate, Path(), None).outline()
     n_layers = len(blocks(bare))
     layers = Layout.of(n_layers, row.emulate.adapters).adapters
     limits = Limits(layers, terms, lambda: bare, f'the row "{row.name}" trains an emulator')
@@ -399,7 +401,3 @@ def _counted(section: AdapterSection, n_layers: int) -> AdapterSection:
 def _section(row: MatrixMethod) -> EmulateSection:
     assert row.emulate is not None
     return row.emulate
-
-
-def _is_emulated(row: str | MatrixMethod) -> bool:
-    return not isinstance(row, str) and row.emulate is not None
