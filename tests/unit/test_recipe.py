@@ -26,7 +26,7 @@ GRID = (
     SMALL
     + "tune: {adapter: {}, weights: {}, tokens: {}}\n"
     + "matrix:\n  methods:\n  - gist\n"
-    + "  - {name: mine, method: gist, warmup: {},\n"
+    + "  - {name: mine, method: gist, warmup: {}, emulate: {calibration: text.jsonl},\n"
     + "     tune: {method: gast, adapter: {}, weights: {}, tokens: {}}}\n"
     + "  tune: {epochs: [1]}\n"
 )
