@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,6 +21,8 @@ LAUNCHED = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29",
     "TORCHELASTIC_RUN_ID": "none", "ACCELERATE_MIXED_PRECISION": "no",
 }  # fmt: skip
+# A pass at each of two checkpoints.
+LESS = ("score.method=less", "warmup.schedule_epochs=2")
 
 
 def test_a_launch_is_read_once_and_leaves_nothing_that_a_trainer_would_wait_for() -> None:
@@ -124,9 +128,18 @@ def alone(clis: tuple[WarmCli, WarmCli], tmp_path_factory: pytest.TempPathFactor
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def alone_at_checkpoints(
+    clis: tuple[WarmCli, WarmCli], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("alone-at-checkpoints")
+    assert clis[0]("score", small_recipe(folder), *LESS).code == 0
+    return folder / "run"
+
+
 def scored(run: Path) -> dict[str, bytes]:
-    """Return scores and store, file by file."""
-    files = [run / "scores.parquet", *sorted((run / "store").rglob("*"))]
+    """Return scores and stores, file by file."""
+    files = [run / "scores.parquet", *sorted(run.glob("store*/**/*"))]
     return {str(f.relative_to(run)): f.read_bytes() for f in files if f.is_file()}
 
 
@@ -162,6 +175,58 @@ def test_a_launch_scores_together_and_its_leader_goes_on_alone(
     n_shards = len(list((tmp_path / "run/store").glob("shard-*")))
     computed = [one.passes.get("store.shard_done", 0) for one in (leader, helper)]
     assert sum(computed) == n_shards
+    assert scored(tmp_path / "run") == scored(alone)
+    assert not list((tmp_path / "run").rglob("*.staging-*"))
+
+
+def test_shards_of_passes_at_checkpoints_are_one_run(
+    clis: tuple[WarmCli, WarmCli], alone_at_checkpoints: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(tmp_path)
+    for text in ("2/2", "1/2"):
+        done = clis[0]("score", recipe, *LESS, "--shard", text)
+        assert (done.code, done.err) == (0, "")
+        assert done.passes["store.shard_done"] == 4  # two of each checkpoint's four
+    merged = clis[0]("score", recipe, *LESS)
+    assert (merged.code, merged.err) == (0, "")
+    assert merged.passes.get("store.shard_done", 0) == 0
+    assert {name.split("/")[0] for name in scored(alone_at_checkpoints)} == {
+        "scores.parquet", "store-1-release", "store-2-release",
+    }  # fmt: skip
+    assert scored(tmp_path / "run") == scored(alone_at_checkpoints)
+    assert len(list((tmp_path / "run").glob("store-*.*-of-2.cost.json"))) == 4
+
+
+def test_a_launch_shares_passes_at_checkpoints(
+    clis: tuple[WarmCli, WarmCli], alone_at_checkpoints: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(tmp_path)
+
+    def start(rank: int) -> Done:
+        env = {**LAUNCHED, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return clis[rank]("score", recipe, *LESS, env=env)
+
+    with ThreadPoolExecutor(2) as threads:
+        leader, helper = threads.map(start, range(2))
+    assert (leader.code, leader.err, helper.code, helper.err) == (0, "", 0, "")
+    assert "examples scored by less" in leader.out
+    assert helper.out == ""
+    n_shards = len(list((tmp_path / "run").glob("store-*/shard-*")))
+    computed = [one.passes.get("store.shard_done", 0) for one in (leader, helper)]
+    assert sum(computed) == n_shards
+    assert scored(tmp_path / "run") == scored(alone_at_checkpoints)
+    assert not list((tmp_path / "run").rglob("*.staging-*"))
+
+
+@pytest.mark.slow  # four processes that import torch, three of them all the rest too
+def test_a_launcher_starts_processes_that_score_as_one(alone: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = ["-m", "selectune", "score", str(small_recipe(tmp_path))]
+    done = subprocess.run(
+        [*launch, "--nproc_per_node", "3", *command], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("examples scored by gist") == 1  # by rank 0 alone
     assert scored(tmp_path / "run") == scored(alone)
     assert not list((tmp_path / "run").rglob("*.staging-*"))
 

@@ -145,6 +145,29 @@ def test_a_row_that_cannot_do_what_all_rows_are_told_is_refused(
     assert "tune: {reselect_every: 0.5}" in caught.value.do
 
 
+@pytest.mark.parametrize(
+    ("everywhere", "own", "method", "is_refused"),
+    [
+        ("tune.reselect_every=3", "weights: {method: gallop}", "gist", True),
+        ("tune.weights={method: gallop}", "reselect_every: 3", "gist", True),
+        ("tune.weights={method: gallop}", "adapter: {}, reselect_every: 3", "gist", False),
+        ("tune.reselect_every=3", "weights: {method: gallop}", "random", False),
+    ],
+)
+def test_a_row_is_checked_with_what_it_takes_from_all_rows(
+    tmp_path: Path, everywhere: str, own: str, method: str, is_refused: bool
+) -> None:
+    row = f"{{name: mine, method: {method}, tune: {{{own}}}}}"
+    changes = [everywhere, f"matrix.methods=[random, {row}]"]
+    path = small_recipe(tmp_path)
+    if not is_refused:
+        load_recipe(path, changes)
+        return
+    with pytest.raises(ConfigError, match="single weights cannot") as caught:
+        load_recipe(path, changes)
+    assert "matrix.methods" in caught.value.where
+
+
 def test_what_stands_beside_in_a_grid_stays_as_it_is(tmp_path: Path) -> None:
     path, everywhere = small_recipe(tmp_path), "tune.reselect_every=3"
     # As among the controls of one run.

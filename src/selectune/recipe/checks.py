@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from selectune.errors import ConfigError, nearest
 from selectune.recipe import words
 from selectune.recipe.file import Tree
-from selectune.recipe.methods import BESIDE_QUANTISED, PLAIN
+from selectune.recipe.methods import BESIDE_QUANTISED, FULL, PLAIN, RANDOM
 from selectune.recipe.sections import (
     AdapterSection,
     TuneChoice,
@@ -60,22 +60,14 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 "weights names single weights of the base, and adapter.kind full trains all",
                 "remove one of the two",
             )
-        if section.reselect_every is not None:
-            if section.weights is not None:
-                add(
-                    (*path, "reselect_every"),
-                    "single weights cannot be trained on changing selections",
-                    "which weights train is read off the selection, once",
-                    "remove reselect_every, or train an adapter instead of weights",
-                )
-            if isinstance(recipe.select.budget, str):
-                add(
-                    (*path, "reselect_every"),
-                    "a new selection would have another number of examples",
-                    f"select.budget is {recipe.select.budget}, and one learning-rate schedule "
-                    "needs as many steps in each epoch",
-                    "give select.budget as a share or a count, or remove reselect_every",
-                )
+        if section.reselect_every is not None and isinstance(recipe.select.budget, str):
+            add(
+                (*path, "reselect_every"),
+                "a new selection would have another number of examples",
+                f"select.budget is {recipe.select.budget}, and one learning-rate schedule "
+                "needs as many steps in each epoch",
+                "give select.budget as a share or a count, or remove reselect_every",
+            )
         chosen = section.weights
         if chosen is None or chosen.form != "compose":
             continue
@@ -86,6 +78,13 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 why,
                 f"remove {key}, or use form: in_place",
             )
+    for path in _changing_weights(recipe):
+        add(
+            path,
+            "single weights cannot be trained on changing selections",
+            "which weights train is read off the selection, once",
+            "remove reselect_every, or train an adapter instead of weights",
+        )
     if recipe.model.quantization is not None:
         for path, adapter in _adapters(recipe):
             if adapter.kind not in BESIDE_QUANTISED:
@@ -255,6 +254,30 @@ def _trainings(recipe: "Recipe") -> list[tuple[words.Path, TuneSection | TuneCho
     for i, row in enumerate(recipe.matrix.methods if recipe.matrix else ()):
         if not isinstance(row, str) and row.tune is not None:
             found.append((("matrix", "methods", i, "tune"), row.tune))
+    return found
+
+
+def _changing_weights(recipe: "Recipe") -> list[words.Path]:
+    """Return what asks for single weights that would train on examples chosen anew.
+
+    A row takes from `tune` what it does not say, and is looked at where it says one of the two.
+    """
+    whole = recipe.tune
+    found: list[words.Path] = []
+    if whole.reselect_every is not None and whole.weights is not None:
+        found.append(("tune", "reselect_every"))
+    for i, row in enumerate(recipe.matrix.methods if recipe.matrix else ()):
+        if isinstance(row, str) or row.tune is None or row.method in (RANDOM, FULL):
+            continue
+        own, path = row.tune, ("matrix", "methods", i, "tune")
+        trains_alone = own.adapter is not None or own.weights is not None
+        weights = own.weights if trains_alone else whole.weights
+        if weights is None:
+            continue
+        if own.reselect_every is not None:
+            found.append((*path, "reselect_every"))
+        elif whole.reselect_every is not None and trains_alone:
+            found.append((*path, "weights"))
     return found
 
 
