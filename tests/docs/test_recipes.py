@@ -70,7 +70,7 @@ def run_small(recipe: Path, out: Path, *overrides: str) -> Recipe:
     one = ONE_OF_EACH if load_recipe(recipe).matrix else ()
     small = load_recipe(recipe, [*SMALL, *one, *overrides, f"output={out}"])
     if small.matrix is None:
-        Run(small, out=out).run()
+        Run(small, out=out).all()
     else:
         compare(small, out=out, progress=Silent())
     return small
