@@ -1,4 +1,4 @@
-"""Every document's code blocks run, and every recipe that ships loads.
+"""Every document's code blocks run.
 
 A block says after its language what happens to it: `bash run` and `python run` blocks of one
 document are executed in order, in a folder made by `workspace.make_workspace`; `bash show` and
@@ -14,15 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
 from workspace import make_workspace
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-RECIPES = sorted(
-    [*(ROOT / "src/selectune/recipes").glob("*.y*ml"), *ROOT.glob("recipes/**/*.y*ml")]
-)
 _FENCE = re.compile(r"^ *```(?P<info>[^\n`]*)\n(?P<text>.*?)^ *```\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -109,36 +105,3 @@ def test_every_recipe_in_a_document_loads(document: Path, tmp_path: Path) -> Non
             path = tmp_path / f"line{block.line}.yaml"
             path.write_text(block.text, encoding="utf-8")
             load_recipe(path, [])
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
-def test_every_shipped_recipe_loads(recipe: Path) -> None:
-    from selectune.recipe import load_recipe
-
-    assert load_recipe(recipe, []).model.base
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
-def test_every_shipped_recipe_runs_on_a_tiny_model(recipe: Path, tmp_path: Path) -> None:
-    make_workspace(tmp_path)
-    written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    targets = written["data"]["target"]
-    names = list(targets) if isinstance(targets, dict) else []
-    small = [
-        "output=out",
-        "model.base=model",
-        "data.pool=pool.jsonl",
-        "select.budget=0.2",
-        "tune.epochs=1",
-        "evaluate.intervals=200",
-        *(f"data.target.{name}=target.jsonl" for name in names),
-        *(f"data.heldout.{name}=heldout.jsonl" for name in names),
-    ]
-    if not names:
-        small += ["data.target=target.jsonl", "data.heldout=heldout.jsonl"]
-    if "matrix" in written:
-        small += ["matrix.seeds=[0]"]
-    verb = "compare" if "matrix" in written else "run"
-    done = run(["selectune", verb, str(recipe), *small], tmp_path)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

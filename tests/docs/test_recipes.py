@@ -1,0 +1,112 @@
+"""Every recipe that ships, and every one behind a table of PAPERS.md, on a tiny demo.
+
+Names such as `demo:pool` lead to a random model of two layers and a handful of rows per task. All
+recipes are read and planned as they stand, but for the budget; how they run is tried in small.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from selectune.cli import main
+from selectune.data.demo import COMMONSENSE, SEVEN, DemoAssets, Mix, build_tasks
+from selectune.grid.compare import compare
+from selectune.pipeline import prepare
+from selectune.pipeline.run import Run
+from selectune.progress import Silent
+from selectune.recipe import Recipe, load_recipe
+from workspace import question, save_model
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(
+    [*ROOT.glob("src/selectune/recipes/*.y*ml"), *ROOT.glob("benchmarks/recipes/*.y*ml")]
+)
+SIZES = {"pool": 12, "target": 4, "heldout": 4}  # rows of each task
+BUDGET = "select.budget=0.1"  # some ask for more examples than there are
+SMALL = (BUDGET, "tune.epochs=1", "tune.batch_size=2", "evaluate.intervals=200")
+ONE_OF_EACH = ("matrix.seeds=[0]", "matrix.tune.learning_rate=[1e-3]")
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DemoAssets]:
+    """Return what stands for the demo's parts, by mix."""
+    root = tmp_path_factory.mktemp("demo")
+    save_model(root / "model")
+    config = root / "model/config.json"
+    longer = {**json.loads(config.read_text()), "max_position_embeddings": 2048}
+    config.write_text(json.dumps(longer))  # the default data.max_length is past the tiny model's
+    return {mix.name: tiny_demo(root, mix) for mix in (SEVEN, COMMONSENSE)}
+
+
+@pytest.fixture(autouse=True)
+def _tiny_demo(demos: dict[str, DemoAssets], monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny(*, mix: Mix = SEVEN, **sizes: int) -> DemoAssets:
+        return demos[mix.name]
+
+    monkeypatch.setattr(prepare, "demo_assets", tiny)
+
+
+def tiny_demo(root: Path, mix: Mix) -> DemoAssets:
+    rng, folder = random.Random(0), root / mix.name
+    n = sum(SIZES.values())
+    rows = {
+        task: [{**question("words", rng), "source": task} for _ in range(n)] for task in mix.files
+    }
+    texts = [f"paragraph {k}: the owl sees {k * k} stars" for k in range(4)] if mix.prose else []
+    build_tasks(folder, rows, SIZES, texts)
+    return DemoAssets(
+        model=root / "model",
+        pool=folder / "pool.jsonl",
+        targets={task: folder / f"target/{task}.jsonl" for task in mix.files},
+        heldout={task: folder / f"heldout/{task}.jsonl" for task in mix.files},
+        texts={"heldout": folder / "text/heldout.jsonl"} if mix.prose else {},
+    )
+
+
+def run_small(recipe: Path, out: Path, *overrides: str) -> Recipe:
+    """Run a recipe with one seed and one learning rate, and return what was run."""
+    one = ONE_OF_EACH if load_recipe(recipe).matrix else ()
+    small = load_recipe(recipe, [*SMALL, *one, *overrides, f"output={out}"])
+    if small.matrix is None:
+        Run(small, out=out).all()
+    else:
+        compare(small, out=out, progress=Silent())
+    return small
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_every_recipe_is_planned(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["plan", str(recipe), f"output={tmp_path / 'out'}", BUDGET])
+    assert (code, capsys.readouterr().err) == (0, "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_of_the_gist_table_runs(tmp_path: Path) -> None:
+    small = run_small(
+        ROOT / "benchmarks/recipes/gist.yaml",
+        tmp_path / "out",
+        "matrix.methods=[random, gist, rds]",
+        "matrix.tune.epochs=[1]",
+    )
+    assert small.matrix is not None
+    cells = {path.parent.name for path in (tmp_path / "out").glob("cells/*/cell.json")}
+    assert cells == {
+        f"{method}-{task}-seed-0" for method in ("random", "gist", "rds")
+        for task in small.matrix.targets
+    }  # fmt: skip
+    assert (tmp_path / "out/report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_every_recipe_runs(recipe: Path, tmp_path: Path) -> None:
+    run_small(recipe, tmp_path / "out")
+    assert (tmp_path / "out/report.html").exists()
