@@ -265,3 +265,33 @@ def test_settings_are_chosen_by_the_emulators_answers(
     assert len(trials) == 4
     assert all((base == package) == name.startswith("dropped") for name, base in trials.items())
     assert next(r for r in told.rows if r.method == "dropped").learning_rate == 1e-2
+
+
+def test_keys_said_once_serve_every_row_with_an_emulator(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"name": "mine", "method": "gist", "emulate": {"method": "layer_drop", "keep_mlp": 0.5}},
+        {"name": "open", "method": "gist"},
+    ]
+    said = json.dumps({**SECTION, "keep_mlp": 0.4})
+    recipe = grid_recipe(tmp_path, f"matrix.emulate={said}", rows=rows)
+    assert recipe.matrix is not None
+    mine, openly = (row for row in recipe.matrix.methods if isinstance(row, MatrixMethod))
+    assert openly.emulate is None
+    assert mine.emulate is not None
+    assert (mine.emulate.method, mine.emulate.keep_mlp) == ("layer_drop", 0.5)
+    assert mine.emulate.calibration_blocks == SECTION["calibration_blocks"]
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.resolved_yaml())
+    assert load_recipe(again) == recipe
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [("{keep_mlps: 0.4}", "is no key"), ("{keep_mlp: 4}", "cannot be 4"), ("3", "a mapping")],
+)
+def test_a_mistake_said_once_is_told_where_it_is(said: str, what: str, tmp_path: Path) -> None:
+    own = {"calibration": "text.jsonl"}
+    rows: list[dict[str, Any]] = [{"name": "mine", "method": "gist", "emulate": own}]
+    with pytest.raises(ConfigError, match=what) as caught:
+        grid_recipe(tmp_path, f"matrix.emulate={said}", rows=rows)
+    assert "command line, matrix.emulate" in str(caught.value)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import Field, ValidationError
 
@@ -185,11 +185,30 @@ def describe_owner() -> list[tuple[str, str, str, str]]:
 
 def _checked(tree: Tree) -> Recipe:
     """Return the recipe that the tree holds; every mistake is told at once."""
+    _complete_rows(tree)
     recipe = _read(tree, Recipe)
     mistakes = [*contradictions(recipe, tree), *unknown_methods(recipe, tree)]
     if mistakes:
         raise words.together(mistakes, tree.name)
     return recipe
+
+
+def _complete_rows(tree: Tree) -> None:
+    """Give the emulate of every row the keys that matrix.emulate says for all of them."""
+    home = ("matrix", "emulate")
+    matrix = _mapping(tree.data.get("matrix"))
+    shared, rows = _mapping(matrix.get("emulate")), matrix.get("methods")
+    for i, row in enumerate(cast("list[Any]", rows) if isinstance(rows, list) else []):
+        own = _mapping(_mapping(row).get("emulate"))
+        for key in [key for key in shared if own and key not in own]:
+            own[key] = shared[key]
+            place = tree.origins.get((*home, key)) or tree.origins.get(home)
+            if place is not None:  # a mistake in it is told where it is written
+                tree.origins["matrix", "methods", i, "emulate", key] = place
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _read(tree: Tree, form: type[AnyRecipe]) -> AnyRecipe:

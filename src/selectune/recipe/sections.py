@@ -324,6 +324,10 @@ def _is_null(value: object) -> bool:
     return value is None
 
 
+def _is_empty(value: object) -> bool:
+    return value == {}
+
+
 class TokensSection(Section):
     """Which loss tokens of an example train, by their token scores."""
 
@@ -528,4 +532,9 @@ class MatrixSection(Section):
         default=False,
         description="train on each target task's own examples in the pool and test on all tasks: "
         "how much helps elsewhere, and how much is forgotten; names: test on these beside its own",
+    )
+    emulate: dict[str, Any] = Field(
+        default={},
+        exclude_if=_is_empty,
+        description="keys that the emulate of a row takes from here where it leaves them out",
     )
