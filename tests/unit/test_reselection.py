@@ -84,6 +84,13 @@ def test_it_equals_the_twin(tmp_path: Path, trainer: str) -> None:
     assert "after step 2, " in (tmp_path / "run/report.html").read_text()
 
 
+def test_it_may_choose_anew_before_any_weight_has_moved(tmp_path: Path) -> None:
+    # The first step of a schedule with a warm-up has a learning rate of zero.
+    changes = ["tune.reselect_every=1", "tune.warmup_ratio=0.3", "tune.epochs=1"]
+    made(small_recipe(tmp_path), *changes).tune()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_choosing_the_same_again_changes_no_bit(tmp_path: Path) -> None:
     # All of the pool, so that no choice is left; dropout draws must go on where they stopped.
     whole = ["select.budget=1.0", "adapter.dropout=0.2", "tune.epochs=1", "tune.save_every=3"]

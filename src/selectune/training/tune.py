@@ -243,7 +243,8 @@ def tune(
         history, n_steps = train(newest)
         records = [] if acting is None else _records(acting.records)
     n_moved = _n_moved(model, before)
-    if n_moved == 0:
+    # A phase that others follow may end while the learning rate still is zero.
+    if n_moved == 0 and phase.end is None:
         raise TrainingError(
             f"none of the {n_trainable:,} trainable weights moved in {n_steps} steps",
             where=name,
