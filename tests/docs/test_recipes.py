@@ -26,6 +26,7 @@ RECIPES = sorted(
 SIZES = {"pool": 12, "target": 4, "heldout": 4}  # rows of each task
 BUDGET = "select.budget=0.1"  # some ask for more examples than there are
 SMALL = (BUDGET, "tune.epochs=1", "tune.batch_size=2", "evaluate.intervals=200")
+BLOCKS = ("matrix.emulate.calibration_blocks=2", "matrix.emulate.block_tokens=16")
 ONE_OF_EACH = ("matrix.seeds=[0]", "matrix.tune.learning_rate=[1e-3]")
 
 
@@ -33,7 +34,7 @@ ONE_OF_EACH = ("matrix.seeds=[0]", "matrix.tune.learning_rate=[1e-3]")
 def demos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DemoAssets]:
     """Return what stands for the demo's parts, by mix."""
     root = tmp_path_factory.mktemp("demo")
-    save_model(root / "model")
+    save_model(root / "model", n_layers=8)  # four are an emulator's adapter
     config = root / "model/config.json"
     longer = {**json.loads(config.read_text()), "max_position_embeddings": 2048}
     config.write_text(json.dumps(longer))  # the default data.max_length is past the tiny model's
@@ -54,26 +55,34 @@ def tiny_demo(root: Path, mix: Mix) -> DemoAssets:
     rows = {
         task: [{**question("words", rng), "source": task} for _ in range(n)] for task in mix.files
     }
-    texts = [f"paragraph {k}: the owl sees {k * k} stars" for k in range(4)] if mix.prose else []
+    texts = [f"paragraph {k}: the owl sees {k * k} stars" for k in range(440)] if mix.prose else []
     build_tasks(folder, rows, SIZES, texts)
     return DemoAssets(
         model=root / "model",
         pool=folder / "pool.jsonl",
         targets={task: folder / f"target/{task}.jsonl" for task in mix.files},
         heldout={task: folder / f"heldout/{task}.jsonl" for task in mix.files},
-        texts={"heldout": folder / "text/heldout.jsonl"} if mix.prose else {},
+        texts={name: folder / f"text/{name}.jsonl" for name in ("calibration", "heldout")}
+        if mix.prose
+        else {},
     )
 
 
 def run_small(recipe: Path, out: Path, *overrides: str) -> Recipe:
     """Run a recipe with one seed and one learning rate, and return what was run."""
     one = ONE_OF_EACH if load_recipe(recipe).matrix else ()
-    small = load_recipe(recipe, [*SMALL, *one, *overrides, f"output={out}"])
+    small = load_recipe(recipe, [*SMALL, *blocks_of(recipe), *one, *overrides, f"output={out}"])
     if small.matrix is None:
         Run(small, out=out).all()
     else:
         compare(small, out=out, progress=Silent())
     return small
+
+
+def blocks_of(recipe: Path) -> tuple[str, ...]:
+    """Return what a recipe with emulators needs, where text is as short as here."""
+    matrix = load_recipe(recipe).matrix
+    return BLOCKS if matrix is not None and matrix.emulate else ()
 
 
 def name_of(path: Path) -> str:
@@ -84,7 +93,7 @@ def name_of(path: Path) -> str:
 def test_every_recipe_is_planned(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = main(["plan", str(recipe), f"output={tmp_path / 'out'}", BUDGET])
+    code = main(["plan", str(recipe), f"output={tmp_path / 'out'}", BUDGET, *blocks_of(recipe)])
     assert (code, capsys.readouterr().err) == (0, "")
     assert not (tmp_path / "out").exists()
 
