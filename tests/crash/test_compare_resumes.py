@@ -38,7 +38,7 @@ WISHES = (
 NOT_OF_A_GRID = {KillPoint.SCORES_DONE, KillPoint.SELECTION_DONE, KillPoint.EMULATE_LAYER_DONE}
 OF_A_GRID = [point for point in KillPoint if point not in NOT_OF_A_GRID]
 CLOCK = frozenset({"costs", "seconds", "seconds_per_step", "time_ratio", "peak_ratio"})
-N_KILLS = 5
+N_KILLS = 3
 TRANSFER_POINTS = (
     "tune.step_done:6",
     "generate.done:1",

@@ -19,10 +19,10 @@ WISHES = (
 )
 POINTS = (
     "tune.step_done:5",  # the last step of the first phase, before its checkpoint
-    "tune.step_done:8",
+    pytest.param("tune.step_done:8", marks=pytest.mark.slow),
     "tune.checkpoint_saved:4",
     "store.shard_done:6",  # within the first shortlist
-    "stage.manifest_written:12",
+    pytest.param("stage.manifest_written:12", marks=pytest.mark.slow),
 )
 
 
