@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
     [*ROOT.glob("src/selectune/recipes/*.y*ml"), *ROOT.glob("benchmarks/recipes/*.y*ml")]
 )
-SIZES = {"pool": 12, "target": 4, "heldout": 4}  # rows of each task
+SIZES = {"pool": 12, "target": 8, "heldout": 4}  # rows of each task
 BUDGET = "select.budget=0.1"  # some ask for more examples than there are
 SMALL = (BUDGET, "tune.epochs=1", "tune.batch_size=2", "evaluate.intervals=200")
 BLOCKS = ("matrix.emulate.calibration_blocks=2", "matrix.emulate.block_tokens=16")

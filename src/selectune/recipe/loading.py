@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import Field, ValidationError
 
-from selectune.errors import ConfigError
+from selectune.errors import ConfigError, nearest
 from selectune.recipe import words
 from selectune.recipe.checks import contradictions
 from selectune.recipe.file import Tree, dump_yaml, read_tree
@@ -194,10 +194,22 @@ def _checked(tree: Tree) -> Recipe:
 
 
 def _complete_rows(tree: Tree) -> None:
-    """Give the emulate of every row the keys that matrix.emulate says for all of them."""
+    """Give the emulate of every row the keys that matrix.emulate says for all of them.
+
+    Raises:
+        ConfigError: matrix.emulate has a key that no emulator has.
+    """
     home = ("matrix", "emulate")
     matrix = _mapping(tree.data.get("matrix"))
     shared, rows = _mapping(matrix.get("emulate")), matrix.get("methods")
+    strange = [key for key in shared if key not in EmulateSection.model_fields]
+    if strange:
+        raise ConfigError(
+            f'"matrix.emulate.{strange[0]}" is no key of a recipe',
+            where=tree.where((*home, strange[0])),
+            why=f"matrix.emulate has the keys {', '.join(EmulateSection.model_fields)}",
+            do=nearest(strange[0], EmulateSection.model_fields),
+        )
     for i, row in enumerate(cast("list[Any]", rows) if isinstance(rows, list) else []):
         own = _mapping(_mapping(row).get("emulate"))
         for key in [key for key in shared if own and key not in own]:
