@@ -25,6 +25,7 @@ matrix:
   seeds: [0, 1]
   tune: {learning_rate: [1e-2, 1e-5], epochs: [1]}
 """
+WORDS = ("One and one are two, and nothing else.", "Two, three.")
 
 
 def grid(folder: Path) -> ComparisonTable:
@@ -380,6 +381,28 @@ def test_a_forecast_counts_what_a_run_counts_of_every_scorer(
         assert facts["seconds"]["gradients"] == pytest.approx(2 * one, abs=0.2)
     assert short["seconds"]["gradients"] < whole["seconds"]["gradients"] / 4
     assert short["seconds"]["warmup"] == whole["seconds"]["warmup"]
+
+
+def test_a_forecast_prices_answers_written_and_text_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prices, "_products_per_second", lambda *_: 1e4)  # so that tenths tell
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": words}) + "\n" for words in WORDS))
+    rows = ["matrix.methods=[random]", "matrix.seeds=[0]", "matrix.tune=null"]
+    evaluate = ["evaluate.generate=true", f"evaluate.text={text}", "evaluate.limit=3"]
+    recipe = load_recipe(folder / "recipe.yaml", [*rows, *evaluate])
+    facts = plan_grid(recipe, out=tmp_path / "none", progress=Silent()).facts
+    run = Run(recipe.changed({"matrix": None, "evaluate.text": None}), out=tmp_path / "none")
+    pool, heldout = run.ground.tokens.pool, run.ground.prepared.heldout
+    mean, asked = float(pool.lengths.mean()), [e for task in heldout.values() for e in task[:3]]
+    n_ranked = 2 * sum(len(e.options) for e in asked)  # base, and one model for both tasks
+    assert facts["trainings"] == 1
+    seconds = facts["seconds"]
+    per_token = seconds["evaluation"] / (n_ranked * mean)
+    assert seconds["answers written"] == pytest.approx(len(asked) * (mean + 16) * per_token, 0.01)
+    n_tokens = sum(len(run.ground.tokenizer(words)["input_ids"]) for words in WORDS)
+    assert seconds["text read"] == pytest.approx(2 * n_tokens * per_token, 0.01)
 
 
 def test_a_forecast_of_a_transfer_counts_each_task_by_itself(tmp_path: Path) -> None:

@@ -10,11 +10,17 @@ import yaml
 from offsite_case import OWNER, owner_recipe, tuner_recipe
 from selectune.errors import ConfigError, SelectionError
 from selectune.evaluation import Evaluation
-from selectune.grid import compare as grids
+from selectune.grid import grid as grids
 from selectune.grid import offsite
 from selectune.grid.compare import ComparisonTable, compare, plan_grid
 from selectune.offsite.plugin import plug_files, read_owner
-from selectune.pipeline.answered import evaluate_arm
+from selectune.pipeline.answered import (
+    Questions,
+    Respondent,
+    rank_options,
+    read_text,
+    write_answers,
+)
 from selectune.pipeline.arms import BASE, SELECTED
 from selectune.pipeline.emulation import Emulation
 from selectune.pipeline.ground import Ground
@@ -51,8 +57,12 @@ def grid_recipe(folder: Path, *overrides: str, rows: list[dict[str, Any]] | None
     return load_recipe(path, [*TUNE, *overrides])
 
 
+def wishes(folder: Path) -> tuple[str, str]:
+    return "evaluate.generate=true", f"evaluate.text={folder / 'text.jsonl'}"
+
+
 def grid(folder: Path) -> ComparisonTable:
-    recipe = grid_recipe(folder)
+    recipe = grid_recipe(folder, *wishes(folder))
     return compare(recipe, out=Path(recipe.output), progress=Silent())
 
 
@@ -74,7 +84,7 @@ def table(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run/table.json").read_text())
 
 
-def by_hand(folder: Path, seed: int) -> dict[str, Evaluation]:
+def by_hand(folder: Path, seed: int) -> dict[str, Any]:
     """Do what the row does with the files of two houses."""
     Emulation(load_owner_recipe(folder / "owner.yaml"), Silent()).emulate()
     out = folder / "hand"
@@ -82,23 +92,30 @@ def by_hand(folder: Path, seed: int) -> dict[str, Evaluation]:
     recipe = load_recipe(tuner_recipe(folder), [*TUNE, *words, f"output={out}", f"seed={seed}"])
     found = Run(recipe, out=out).answers()
     plug_files(folder / "model", out / "plugin", folder / "made/owner", folder / "plugged")
-    changed = recipe.changed({"model.base": str(folder / "plugged")})
+    changed = load_recipe(
+        tuner_recipe(folder),
+        [*TUNE, *words, *wishes(folder), f"model.base={folder / 'plugged'}", f"seed={seed}"],
+    )
     ground = Ground(changed, folder / "pi", shared=None, tasks=None, progress=Silent())
-    plugged = evaluate_arm(ground, BASE, None, ground.prepared.heldout)
+    plugged, heldout = Respondent.arm(ground, BASE, None), ground.prepared.heldout
     return {
-        "emulator": found[BASE]["colours"],
-        "tuned": found[SELECTED]["colours"],
-        "plugged": plugged["colours"],
+        "emulator": found[BASE]["colours"].answer_loss,
+        "tuned": found[SELECTED]["colours"].answer_loss,
+        "plugged": rank_options(ground, plugged, heldout)["colours"].answer_loss,
+        "written": write_answers(ground, plugged, heldout)["colours"].to_json(),
+        "text": read_text(ground, plugged).nats_per_token,
     }
 
 
 def test_a_row_answers_as_emulating_tuning_and_plugging_by_hand(folder: Path) -> None:
-    hand = {name: found.answer_loss for name, found in by_hand(folder, seed=1).items()}
+    hand = by_hand(folder, seed=1)
     told = table(folder)
     row = next(r for r in told["rows"] if r["method"] == "GradOT")
     assert row["per_seed"][1] == hand["plugged"]
     cell = json.loads((folder / "run/cells/GradOT-colours-seed-1/cell.json").read_text())
     assert cell["likelihood"]["colours"]["answer_loss"] == hand["plugged"]
+    assert cell["generated"]["colours"] == hand["written"]
+    assert cell["text_nats_per_token"] == hand["text"]
     assert cell["on_emulator"]["colours"]["answer_loss"] == hand["tuned"]
     loss = next(r for r in told["offsite"]["tables"][0]["rows"] if r["method"] == "GradOT")
     assert loss["emulator_zs"] == hand["emulator"]
@@ -250,11 +267,11 @@ def test_settings_are_chosen_by_the_emulators_answers(
 ) -> None:
     asked: dict[str, str] = {}
 
-    def ask(ground: Ground, name: str, *args: Any, **more: Any) -> Any:  # noqa: ANN401
-        asked[name] = ground.recipe.model.base
-        return evaluate_arm(ground, name, *args, **more)
+    def ask(ground: Ground, model: Respondent, questions: Questions) -> dict[str, Evaluation]:
+        asked[model.name] = ground.recipe.model.base
+        return rank_options(ground, model, questions)
 
-    monkeypatch.setattr(grids, "evaluate_arm", ask)
+    monkeypatch.setattr(grids, "rank_options", ask)
     recipe = grid_recipe(
         folder, f"output={tmp_path}", "matrix.seeds=[0]",
         "matrix.tune={learning_rate: [1e-2, 1e-6]}", rows=[ROWS[2]],

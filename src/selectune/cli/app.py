@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verb = _check_verb(words)
         launch = take_launch(os.environ)
-        if launch is not None and verb not in steps.SHARED:
+        if launch is not None and verb not in (*steps.SHARED, *grid.SHARED):
             if not launch.is_leader:
                 return 0
             others = launch.world - 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from selectune.cli.shell import (
+    LAUNCH,
     AllowOption,
     DebugOption,
     JsonOption,
@@ -20,7 +21,12 @@ from selectune.cli.shell import (
     read_allow,
 )
 from selectune.errors import ConfigError
+from selectune.pipeline.outcome import Outcome
+from selectune.pipeline.processes import read_part, take_gpu
 from selectune.progress import Progress
+
+# The verb that several processes share as a whole.
+SHARED = ("compare",)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -50,19 +56,28 @@ def compare(
         )
 
     allowed = read_allow(allow)
+    launch = LAUNCH.get()
+    part = read_part("", launch, allow=allow)
+    leads = launch is None or launch.is_leader
+    out, tell = Path(loaded.output), _teller(is_quiet=quiet)
 
     def action(progress: Progress) -> Result:
+        if launch is not None:
+            take_gpu(launch)
+        if part is not None:
+            from selectune.grid.together import share_grid
+
+            share_grid(loaded, out=out, part=part, progress=progress, tell=tell)
+            if not part.is_leader:
+                return Outcome({})
         from selectune.grid import compare as grid
 
+        name = "" if part is None else part.launch
         return grid.compare(
-            loaded,
-            out=Path(loaded.output),
-            progress=progress,
-            allow=allowed,
-            tell=_teller(is_quiet=quiet),
+            loaded, out=out, progress=progress, allow=allowed, tell=tell, launch=name
         )
 
-    perform(action, as_json=as_json, is_quiet=quiet)
+    perform(action, as_json=as_json, is_quiet=quiet or not leads, prints=leads)
 
 
 def _teller(*, is_quiet: bool) -> Callable[[str], None] | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from selectune.pipeline.run import Run
 
 
-# The verbs whose scoring several processes share; all others are one process's work.
+# The verbs whose scoring several processes share.
 SHARED = ("score", "select", "tune", "evaluate", "run")
 
 

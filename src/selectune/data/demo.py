@@ -161,7 +161,7 @@ def demo_assets(
     tasks = root / f"{mix.name}-{DATA_WHEEL.version}-{_LAYOUT}-{name}"
     model = root / f"smollm2-135m-instruct-{MODEL_WHEEL.version}"
     if not (_is_built(tasks, "demo-tasks") and _is_built(model, "demo-model")):
-        with lock(root):
+        with lock(root, waits=True):
             # Asked again: another process may have finished them just before we got the lock.
             if not _is_built(model, "demo-model"):
                 check_free_space(root, _NEEDED_BYTES)

@@ -48,6 +48,9 @@ COLUMNS = {
     "is_right": "bool",
 }
 
+ANSWER_SLACK = 16
+"""Tokens that an answer may have beyond the longest option, for words around it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -105,7 +108,7 @@ def generate_answers(
     precision: str = "float32",
     token_budget: int = 4096,
     stop: Sequence[str] = ("\n",),
-    slack: int = 16,
+    slack: int = ANSWER_SLACK,
     advance: Callable[[int], None] | None = None,
 ) -> Generation:
     """Let a model answer every question in its own words.

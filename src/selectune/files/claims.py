@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -30,6 +31,16 @@ class Hands(Protocol):
     @property
     def waits(self) -> bool:
         """Whether to stay until parts that others hold are done or free again."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What this process is called beside what it cost; "" where it is the only one."""
+        ...
+
+    @property
+    def waited(self) -> float:
+        """Seconds so far in which this process waited for others."""
         ...
 
     def turn(self, part: str, is_done: Callable[[], bool]) -> AbstractContextManager[None]:
@@ -55,6 +66,8 @@ class Alone:
     """One process that does everything."""
 
     waits = False
+    name = ""
+    waited = 0.0
 
     def turn(self, part: str, is_done: Callable[[], bool]) -> AbstractContextManager[None]:
         """Hold a part that nobody else wants."""
@@ -77,15 +90,19 @@ class Crew:
         is_fixed: do the parts whose number leaves `index` when divided by `n`, instead of any that
             is free.
         waits: stay until parts that others hold are done or free again.
+        instead: what a person can do on a file system without locks, where parts cannot go to
+            whoever is free.
 
     Raises:
         StorageError: the file cannot be made; or parts are to go to whoever is free, on a file
             system without locks.
     """
 
-    def __init__(self, file: Path, *, index: int, n: int, is_fixed: bool, waits: bool) -> None:
+    def __init__(
+        self, file: Path, *, index: int, n: int, is_fixed: bool, waits: bool, instead: str = ""
+    ) -> None:
         self._file, self._index, self._n, self._is_fixed = file, index, n, is_fixed
-        self.waits = waits
+        self.waits, self.name, self.waited = waits, f"{index + 1}-of-{n}", 0.0
         with storage_errors(file):
             self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             self._has_locks = self._knows_locks()
@@ -95,8 +112,7 @@ class Crew:
                 "processes cannot share a folder that knows no locks",
                 where=str(file.parent),
                 why="nothing tells one process what another has taken",
-                do=f"run `selectune score RECIPE --shard 1/{n}` to its end, then the other shards, "
-                "then `selectune score RECIPE`",
+                do=instead,
             )
 
     def close(self) -> None:
@@ -119,7 +135,9 @@ class Crew:
                 do=f"run --shard 1/{self._n} to its end, then this one",
             )
         byte = _byte(part)
+        start = time.perf_counter()
         self._lock(fcntl.LOCK_EX, byte)
+        self.waited += time.perf_counter() - start
         try:
             yield
         finally:

@@ -131,7 +131,7 @@ def share(path: Path, *, launch: str = "") -> Generator[bool]:
     try:
         is_held = _join(fd, path, launch)
         if is_held:
-            _sign(fd, path, ", which scores with others")
+            _sign(fd, path, ", which works with others")
         yield is_held
     finally:
         os.close(fd)

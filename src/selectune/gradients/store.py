@@ -192,7 +192,8 @@ class GradientStore:
             projection: of all gradients, before they are compared.
             hands: says which parts are this process's; None: all of them.
             beside: further passes, made of the rows that this one computes; what else they miss is
-                left to them. Not for processes that share a pass.
+                left to them. Processes that share a pass name the same ones, and take passes in
+                the same order.
 
         Returns:
             How far the pass is now. It can be read (`load`) once it is complete.
@@ -244,7 +245,8 @@ class GradientStore:
             with hands.turn(self._part("targets"), lambda: True):
                 self._seal(pool, len(shards))
         for one in beside:
-            one.store._seal(pool, len(shards))
+            with hands.turn(one.store._part("targets"), lambda: True):
+                one.store._seal(pool, len(shards))
         return Worked(n_computed, len(shards) - len(left), len(shards))
 
     @contextmanager
@@ -447,7 +449,8 @@ class GradientStore:
             for items in batches:
                 _run_batch(engine, items, [p for _, p in missing], pad_id, columns)
                 advance(len(items))
-            for store, own in missing:
+            # Ours at last: where it is, others look for nothing of the rest.
+            for store, own in reversed(missing):
                 store._write_shard(name, dict(columns), own)
             kill_point(KillPoint.STORE_SHARD_DONE)
         return 1

@@ -38,7 +38,7 @@ from selectune.offsite.plugin import plug, read_owner
 from selectune.offsite.plugin_files import KIND as PLUGIN
 from selectune.offsite.plugin_saving import save_plugin
 from selectune.offsite.table import Offsite, OffsiteTable, offsite_table
-from selectune.pipeline.answered import Load, Questions, evaluate_arm
+from selectune.pipeline.answered import Questions, Respondent, rank_options
 from selectune.pipeline.arms import TunedArm
 from selectune.pipeline.emulation import Emulation
 from selectune.pipeline.ground import Ground
@@ -142,9 +142,10 @@ class Emulators:
             }
             out = self._openly.place("emulator", "emulator", digest(facts))
             package, owner = out / PACKAGE, out / OWNER
-            if not (is_complete(package, KIND) and is_complete(owner, OWNER_KIND)):
-                self._progress.note(f"the emulator of {row.name} is made")
-                _emulation(self._recipe, section, out, self._progress).emulate()
+            with self._openly.making(out):
+                if not (is_complete(package, KIND) and is_complete(owner, OWNER_KIND)):
+                    self._progress.note(f"the emulator of {row.name} is made")
+                    _emulation(self._recipe, section, out, self._progress).emulate()
             self._made[asked] = Made(package, owner, read_owner(owner))
         return self._made[asked]
 
@@ -160,13 +161,14 @@ class Emulators:
         }
         return fitted(recipe.model_copy(update=changes))
 
-    def plugged(self, ground: Ground, row: MatrixMethod, arm: TunedArm) -> tuple[Load, str]:
-        """Return a loader of the base with what was tuned in it, and what stands for that base.
+    def plugged(self, ground: Ground, row: MatrixMethod, arm: TunedArm, label: str) -> Respondent:
+        """Return the base with what was tuned in it.
 
         Args:
             ground: of the row.
             row: with an emulator.
             arm: tuned on it.
+            label: of the cell, for progress and prices.
         """
         made, openly = self.of(row), self._openly
 
@@ -181,7 +183,7 @@ class Emulators:
             return base, base.model
 
         layers = [made.record.positions[i] for i in made.record.adapter_layers]
-        return load, f"{openly.base_fingerprint} at {layers}"
+        return Respondent(label, arm.path, load, f"{openly.base_fingerprint} at {layers}")
 
     def ask(
         self,
@@ -203,8 +205,11 @@ class Emulators:
             label: of the cell, for progress and prices.
             seed: of the run.
         """
-        untouched = evaluate_arm(ground, f"emulator of {row.name}", None, questions)
-        tuned = evaluate_arm(ground, f"{label}, emulator", arm.path, questions)
+        models = (f"emulator of {row.name}", None), (f"{label}, emulator", arm.path)
+        untouched, tuned = (
+            rank_options(ground, Respondent.arm(ground, name, path), questions)
+            for name, path in models
+        )
         kept = self._answers.setdefault((row.name, seed), ({}, {}))
         kept[0].update(untouched)
         kept[1].update(tuned)
@@ -376,8 +381,9 @@ def _plugin(ground: Ground, made: Made, arm: TunedArm) -> Path:
     """Return the folder that the data owner would send back."""
     facts = {"package": made.record.package, "arm": sha256_file(arm.path / MANIFEST)}
     out = ground.place("plugin", f"plugin/{arm.name}", digest(facts))
-    if not is_complete(out, PLUGIN):
-        save_plugin(load_tuned(ground.base(), arm.path), made.package, out)
+    with ground.making(out):
+        if not is_complete(out, PLUGIN):
+            save_plugin(load_tuned(ground.base(), arm.path), made.package, out)
     return out
 
 

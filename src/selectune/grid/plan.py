@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from selectune.evaluation.generation import ANSWER_SLACK
 from selectune.methods.rules import Budget
 from selectune.pipeline.foresee import Outline, outline
 from selectune.pipeline.ground import Ground
@@ -59,8 +60,8 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
     """Return what a grid will do, as if none of it were done.
 
     Equal trainings are counted once as far as they are known to be equal: two scorers that choose
-    the same examples are found out only later. Projections, written answers and plain text are not
-    priced, nor making emulators; what runs on one is priced as if it ran on the base.
+    the same examples are found out only later. Projections and making emulators are not priced;
+    what runs on an emulator is priced as if it ran on the base.
 
     Args:
         ground: of one seed.
@@ -84,15 +85,22 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
     if choosing := sum(plans.choosing(one) for one in masks.values()):
         seconds["weights"] = choosing
     seconds["trainings"] = sum(plans.training(one) for one in trainings.values())
-    tested = {task for one in final.values() for task in one.tested}
-    seconds["evaluation"] = plans.evaluation(final.values(), tested)
+    # Equal trainings may be asked about different tasks.
+    asked = {(plans.key(one), task): one for one in work for task in one.tested}
+    questions = [(one, task) for (_, task), one in asked.items()]
+    tested = {task for _, task in questions}
+    seconds["evaluation"] = plans.evaluation(questions, tested)
+    if ground.recipe.evaluate.generate:
+        seconds["answers written"] = plans.writing(questions, tested if transfers else ())
+    if ground.texts:
+        seconds["text read"] = (1 + len(final)) * plans.reading
     sizes = [sum(plans.outline(one.tuning).trained.values()) for one in trainings.values()]
     keep = max((one.tuning.keep_checkpoints for one in work), default=0)
     rows = {one.method.name: one.tuning for one in work}
     memory = {name: plans.memory(tuning) for name, tuning in rows.items()}
     largest = max(memory, key=lambda name: sum(memory[name].values()))
-    asked = plans.asked(methods.values())
-    views = [view_bytes(ground, one, plans.n_scored) for one in asked]
+    read = plans.asked(methods.values())
+    views = [view_bytes(ground, one, plans.n_scored) for one in read]
     facts: dict[str, Any] = {
         "cells": sum(bool(one.tested) for one in work),
         "seeds": len(seeds),
@@ -107,7 +115,7 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
             "checkpoints, of one training at a time": 12 * keep * max(sizes, default=0),
             **evidence_bytes(
                 ground,
-                {need for one in asked for need in one.needs},
+                {need for one in read for need in one.needs},
                 plans.n_scored,
                 n_passes=n_passes,
                 n_warmups=n_warmups,
@@ -232,16 +240,44 @@ class _Plans:
         is_pass = name.startswith("gradients")
         return self.pool_tokens * (self.pass_price if is_pass else self.prices.forward)
 
-    def evaluation(self, work: Iterable[Work], tasks: Iterable[str]) -> float:
-        """Return what ranking the options of held-out questions costs, base and models."""
+    def evaluation(self, questions: Iterable[tuple[Work, str]], tasks: Iterable[str]) -> float:
+        """Return what ranking the options of held-out questions costs, of models and of the base.
+
+        Args:
+            questions: each training with a task that its model is asked about.
+            tasks: that the base is asked about.
+        """
         heldout, limit = self.ground.prepared.heldout, self.ground.recipe.evaluate.limit
         answers = {task: n_answers(examples, limit) for task, examples in heldout.items()}
         n = sum(answers[task] for task in tasks)
-        for one in work:
-            n += sum(answers[task] for task in one.tested)
-            if one.method.emulate is not None:  # the emulator is asked too, as it trained
-                n += sum(answers[task] for task in one.tasks)
+        for one, task in questions:
+            # The emulator is asked too, about what it trained for.
+            is_asked_twice = one.method.emulate is not None and task in one.tasks
+            n += answers[task] * (2 if is_asked_twice else 1)
         return n * float(self.ground.tokens.pool.lengths.mean()) * self.prices.forward
+
+    def writing(self, questions: Iterable[tuple[Work, str]], tasks: Iterable[str]) -> float:
+        """Return what answers in own words cost, each as long as it may become.
+
+        Args:
+            questions: as for `evaluation`.
+            tasks: likewise.
+        """
+        heldout, limit = self.ground.prepared.heldout, self.ground.recipe.evaluate.limit
+        asked = {
+            task: sum(bool(e.options) for e in list(examples)[:limit])
+            for task, examples in heldout.items()
+        }
+        n = sum(asked[task] for task in tasks) + sum(asked[task] for _, task in questions)
+        mean = float(self.ground.tokens.pool.lengths.mean())
+        return n * (mean + ANSWER_SLACK) * self.prices.forward
+
+    @property
+    def reading(self) -> float:
+        """What one model's reading of the plain text costs."""
+        texts = self.ground.texts[: self.ground.recipe.evaluate.limit]
+        tokens = sum(len(ids) for ids in self.ground.tokenizer(texts)["input_ids"])
+        return tokens * self.prices.forward
 
 
 def _emulator(method: MatrixMethod) -> str:

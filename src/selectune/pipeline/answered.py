@@ -1,9 +1,10 @@
-"""What an arm answers to held-out questions, in ranked options or its own words; asked once."""
+"""What a model answers to held-out questions, in ranked options or its own words; asked once."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,162 +22,174 @@ Questions = Mapping[str, Sequence[Example]]  # by task
 Load = Callable[[], tuple[Base, nn.Module]]
 
 
-def evaluate_arm(
-    ground: Ground,
-    name: str,
-    path: Path | None,
-    questions: Questions,
-    *,
-    load: Load | None = None,
-    within: str = "",
-) -> dict[str, Evaluation]:
-    """Return how an arm ranks the options of held-out examples, by task.
+@dataclass(frozen=True, slots=True)
+class Respondent:
+    """A model that is asked, loaded at the first question that nobody has asked it yet.
 
-    Args:
-        ground: of the run.
+    Attributes:
         name: of the arm, for progress and prices.
         path: of what was tuned; None for the untouched base.
-        questions: examples by task.
-        load: from `once`, where more than this is asked of the arm; None loads it for this alone.
+        load: returns the model; the same one at every call.
         within: what stands for the model that the arm was plugged into, where `load` gives that;
             "" for the arm as it was trained.
     """
-    section = ground.recipe.evaluate
-    load = load or once(ground, path)
+
+    name: str
+    path: Path | None
+    load: Load
+    within: str = ""
+
+    @classmethod
+    def arm(cls, ground: Ground, name: str, path: Path | None) -> "Respondent":
+        """Return an arm as it was trained.
+
+        Args:
+            ground: of the run.
+            name: of the arm.
+            path: of what was tuned; None for the untouched base.
+        """
+
+        @cache
+        def load() -> tuple[Base, nn.Module]:
+            base = ground.base()
+            return base, base.model if path is None else load_tuned(base, path)
+
+        return cls(name, path, load)
+
+
+def rank_options(ground: Ground, model: Respondent, questions: Questions) -> dict[str, Evaluation]:
+    """Return how a model ranks the options of held-out examples, by task.
+
+    Args:
+        ground: of the run.
+        model: to ask.
+        questions: examples by task.
+    """
     found: dict[str, Evaluation] = {}
     for task, examples in questions.items():
-        asked = list(examples)[: section.limit]
-        fingerprint = digest(_facts(ground, path, asked, within))
-        folder = ground.place("evaluation", f"evaluation/{name}-{task}", fingerprint)
-        step = f"evaluate {name}"
-        if ground.is_done(folder, "evaluation", fingerprint):
-            ground.recall(step, folder)
-            opened = open_dir(folder, kind="evaluation")
-            left_out: list[str] = opened.read_json("left_out.json")
-            found[task] = Evaluation(opened.read_table("answers.parquet"), tuple(left_out))
-            continue
-        base, model = load()
-        n = sum(max(1, len(e.options)) for e in asked)
-        with (
-            ground.charge(step, folder),
-            ground.progress.phase(f"evaluate {name} on {task}", n, "answers") as advance,
-        ):
-            answers = evaluate(model, asked, base.tokenizer, advance=advance, **_how(ground, base))
-            with staged(folder, kind="evaluation", meta={"fingerprint": fingerprint}) as stage:
-                stage.write_table("answers.parquet", answers.table)
-                stage.write_json("left_out.json", list(answers.left_out))
-        kill_point(KillPoint.EVALUATE_DONE)
-        found[task] = answers
+        asked = list(examples)[: ground.recipe.evaluate.limit]
+        fingerprint = digest(_facts(ground, model, asked))
+        folder = ground.place("evaluation", f"evaluation/{model.name}-{task}", fingerprint)
+        with ground.making(folder):
+            found[task] = _ranked(ground, model, task, asked, folder, fingerprint)
     return found
 
 
-def generate_arm(
+def _ranked(
     ground: Ground,
-    name: str,
-    path: Path | None,
-    questions: Questions,
-    *,
-    load: Load | None = None,
-    within: str = "",
-) -> dict[str, Generation]:
-    """Return what an arm writes to held-out examples with options, by task.
+    model: Respondent,
+    task: str,
+    asked: list[Example],
+    folder: Path,
+    fingerprint: str,
+) -> Evaluation:
+    step = f"evaluate {model.name}"
+    if ground.is_done(folder, "evaluation", fingerprint):
+        ground.recall(step, folder)
+        opened = open_dir(folder, kind="evaluation")
+        left_out: list[str] = opened.read_json("left_out.json")
+        return Evaluation(opened.read_table("answers.parquet"), tuple(left_out))
+    base, loaded = model.load()
+    n = sum(max(1, len(e.options)) for e in asked)
+    with (
+        ground.charge(step, folder),
+        ground.progress.phase(f"evaluate {model.name} on {task}", n, "answers") as advance,
+    ):
+        answers = evaluate(loaded, asked, base.tokenizer, advance=advance, **_how(ground, base))
+        with staged(folder, kind="evaluation", meta={"fingerprint": fingerprint}) as stage:
+            stage.write_table("answers.parquet", answers.table)
+            stage.write_json("left_out.json", list(answers.left_out))
+    kill_point(KillPoint.EVALUATE_DONE)
+    return answers
+
+
+def write_answers(ground: Ground, model: Respondent, questions: Questions) -> dict[str, Generation]:
+    """Return what a model writes to held-out examples with options, by task.
 
     Args:
         ground: of the run.
-        name: of the arm, for progress and prices.
-        path: of what was tuned; None for the untouched base.
+        model: to ask.
         questions: examples by task; a task without options is left out.
-        load: from `once`, where more than this is asked of the arm; None loads it for this alone.
-        within: what stands for the model that the arm was plugged into, where `load` gives that;
-            "" for the arm as it was trained.
     """
-    section = ground.recipe.evaluate
-    load = load or once(ground, path)
     found: dict[str, Generation] = {}
     for task, examples in questions.items():
-        asked = [e for e in examples if e.options][: section.limit]
+        asked = [e for e in examples if e.options][: ground.recipe.evaluate.limit]
         if not asked:
             continue
-        fingerprint = digest({**_facts(ground, path, asked, within), "form": "generated"})
-        folder = ground.place("generation", f"generation/{name}-{task}", fingerprint)
-        step = f"generate {name}"
-        if ground.is_done(folder, "generation", fingerprint):
-            ground.recall(step, folder)
-            opened = open_dir(folder, kind="generation")
-            table, facts = opened.read_table("answers.parquet"), opened.read_json("facts.json")
-            found[task] = Generation(table, tuple(facts["left_out"]), facts["n_truncated"])
-            continue
-        base, model = load()
-        with (
-            ground.charge(step, folder),
-            ground.progress.phase(f"{name} writes on {task}", len(asked), "answers") as advance,
-        ):
-            written = generate_answers(
-                model, asked, base.tokenizer, advance=advance, **_how(ground, base)
-            )
-            with staged(folder, kind="generation", meta={"fingerprint": fingerprint}) as stage:
-                stage.write_table("answers.parquet", written.table)
-                left_out = list(written.left_out)
-                stage.write_json(
-                    "facts.json", {"left_out": left_out, "n_truncated": written.n_truncated}
-                )
-        kill_point(KillPoint.GENERATE_DONE)
-        found[task] = written
+        fingerprint = digest({**_facts(ground, model, asked), "form": "generated"})
+        folder = ground.place("generation", f"generation/{model.name}-{task}", fingerprint)
+        with ground.making(folder):
+            found[task] = _written(ground, model, task, asked, folder, fingerprint)
     return found
 
 
-def read_arm(
+def _written(
     ground: Ground,
-    name: str,
-    path: Path | None,
-    *,
-    load: Load | None = None,
-    within: str = "",
-) -> GenericLoss:
-    """Return what an arm expects of the recipe's plain text.
+    model: Respondent,
+    task: str,
+    asked: list[Example],
+    folder: Path,
+    fingerprint: str,
+) -> Generation:
+    step = f"generate {model.name}"
+    if ground.is_done(folder, "generation", fingerprint):
+        ground.recall(step, folder)
+        opened = open_dir(folder, kind="generation")
+        table, facts = opened.read_table("answers.parquet"), opened.read_json("facts.json")
+        return Generation(table, tuple(facts["left_out"]), facts["n_truncated"])
+    base, loaded = model.load()
+    with (
+        ground.charge(step, folder),
+        ground.progress.phase(f"{model.name} writes on {task}", len(asked), "answers") as advance,
+    ):
+        written = generate_answers(
+            loaded, asked, base.tokenizer, advance=advance, **_how(ground, base)
+        )
+        with staged(folder, kind="generation", meta={"fingerprint": fingerprint}) as stage:
+            stage.write_table("answers.parquet", written.table)
+            left_out = list(written.left_out)
+            stage.write_json(
+                "facts.json", {"left_out": left_out, "n_truncated": written.n_truncated}
+            )
+    kill_point(KillPoint.GENERATE_DONE)
+    return written
+
+
+def read_text(ground: Ground, model: Respondent) -> GenericLoss:
+    """Return what a model expects of the recipe's plain text.
 
     Args:
         ground: of the run.
-        name: of the arm, for progress and prices.
-        path: of what was tuned; None for the untouched base.
-        load: from `once`, where more than this is asked of the arm; None loads it for this alone.
-        within: what stands for the model that the arm was plugged into, where `load` gives that;
-            "" for the arm as it was trained.
+        model: to ask.
     """
     texts = ground.texts[: ground.recipe.evaluate.limit]
     content = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    fingerprint = digest({**_facts(ground, path, (), within), "texts": content})
-    folder = ground.place("reading", f"reading/{name}", fingerprint)
-    step = f"read {name}"
+    fingerprint = digest({**_facts(ground, model, ()), "texts": content})
+    folder = ground.place("reading", f"reading/{model.name}", fingerprint)
+    with ground.making(folder):
+        return _read(ground, model, texts, folder, fingerprint)
+
+
+def _read(
+    ground: Ground, model: Respondent, texts: list[str], folder: Path, fingerprint: str
+) -> GenericLoss:
+    step = f"read {model.name}"
     if ground.is_done(folder, "reading", fingerprint):
         ground.recall(step, folder)
         facts = open_dir(folder, kind="reading").read_json("loss.json")
         return GenericLoss(*(tuple(facts[key]) for key in ("ids", "nats", "n_tokens")))
-    base, model = (load or once(ground, path))()
+    base, loaded = model.load()
     how = _how(ground, base)
     window = how.pop("max_length")
     with (
         ground.charge(step, folder),
-        ground.progress.phase(f"{name} reads plain text", None, "windows") as advance,
+        ground.progress.phase(f"{model.name} reads plain text", None, "windows") as advance,
     ):
-        found = generic_loss(model, texts, base.tokenizer, window=window, advance=advance, **how)
+        found = generic_loss(loaded, texts, base.tokenizer, window=window, advance=advance, **how)
         with staged(folder, kind="reading", meta={"fingerprint": fingerprint}) as stage:
             stage.write_json("loss.json", asdict(found))
     kill_point(KillPoint.READ_DONE)
     return found
-
-
-def once(ground: Ground, path: Path | None) -> Load:
-    """Return a loader of the arm's model, which works at its first call only."""
-    loaded: list[tuple[Base, nn.Module]] = []
-
-    def load() -> tuple[Base, nn.Module]:
-        if not loaded:
-            base = ground.base()
-            loaded.append((base, base.model if path is None else load_tuned(base, path)))
-        return loaded[0]
-
-    return load
 
 
 def _how(ground: Ground, base: Base) -> dict[str, Any]:
@@ -189,14 +202,12 @@ def _how(ground: Ground, base: Base) -> dict[str, Any]:
     }
 
 
-def _facts(
-    ground: Ground, path: Path | None, asked: Sequence[Example], within: str
-) -> dict[str, Any]:
+def _facts(ground: Ground, model: Respondent, asked: Sequence[Example]) -> dict[str, Any]:
     """Return what answers depend on."""
-    recipe = ground.recipe
+    recipe, within = ground.recipe, model.within
     device = choose_device(recipe.model.device)
     return {
-        "model": _content(ground, path),
+        "model": _content(ground, model.path),
         "ids": [e.id for e in asked],
         "options": [list(e.options) for e in asked],
         "max_length": recipe.data.max_length,

@@ -199,21 +199,22 @@ def tune_arm(
         return base, model, result
 
     path = ground.place("tune", f"tune/{name}", everything)
-    if source is None or options.reselect_every is None:
-        result = train(items, path, None)[2]
-    else:
-        step = options.batch_size * options.accumulation
-        n_steps = options.epochs * -(-len(items) // step)
-        phases = Phases(
-            ground,
-            ground.place("phases", f"phases/{name}", everything),
-            made_from=everything,
-            source=source,
-            first=selection,
-            ends=refresh_steps(options.reselect_every, n_steps),
-            name=name,
-        )
-        result, refreshes = phases.run(train, path)
+    with ground.making(path):
+        if source is None or options.reselect_every is None:
+            result = train(items, path, None)[2]
+        else:
+            step = options.batch_size * options.accumulation
+            n_steps = options.epochs * -(-len(items) // step)
+            phases = Phases(
+                ground,
+                ground.place("phases", f"phases/{name}", everything),
+                made_from=everything,
+                source=source,
+                first=selection,
+                ends=refresh_steps(options.reselect_every, n_steps),
+                name=name,
+            )
+            result, refreshes = phases.run(train, path)
     ground.costs[f"tune {name}"] = {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
     return TunedArm(name, result.path, len(items), result, mask, plane, tuple(refreshes))
 

@@ -129,30 +129,31 @@ def _mask(
     fingerprint = digest(facts)
     path = ground.place("mask", f"mask/{name}", fingerprint)
     step = f"weights {name}"
-    if ground.is_done(path, KIND, fingerprint):
-        ground.recall(step, path)
-        return WeightMask.load(path), _read_plane(path)
-    n = min(scorer.examples, len(items)) if needs else 0
-    with (
-        ground.charge(step, path),
-        ground.progress.phase(f"score weights for {name}", n, "examples") as advance,
-    ):
-        scores = scorer.score(
-            base.model,
-            items,
-            tokenizer=base.tokenizer,
-            token_budget=ground.recipe.score.token_budget,
-            precision=base.precision,
-            tuned=fine_tune() if "drift" in needs else None,
-            advance=advance,
-        )
-        mask = scores.select()
-        plane = None
-        if needs:  # once training starts nobody can count this again
-            plane = plane_of(scores, {name: mask}).to_json()
-            write_file(_plane(path), json.dumps(plane).encode())
-        mask.save(path, fingerprint=fingerprint)
-    return mask, plane
+    with ground.making(path):
+        if ground.is_done(path, KIND, fingerprint):
+            ground.recall(step, path)
+            return WeightMask.load(path), _read_plane(path)
+        n = min(scorer.examples, len(items)) if needs else 0
+        with (
+            ground.charge(step, path),
+            ground.progress.phase(f"score weights for {name}", n, "examples") as advance,
+        ):
+            scores = scorer.score(
+                base.model,
+                items,
+                tokenizer=base.tokenizer,
+                token_budget=ground.recipe.score.token_budget,
+                precision=base.precision,
+                tuned=fine_tune() if "drift" in needs else None,
+                advance=advance,
+            )
+            mask = scores.select()
+            plane = None
+            if needs:  # once training starts nobody can count this again
+                plane = plane_of(scores, {name: mask}).to_json()
+                write_file(_plane(path), json.dumps(plane).encode())
+            mask.save(path, fingerprint=fingerprint)
+        return mask, plane
 
 
 def _plane(path: Path) -> Path:

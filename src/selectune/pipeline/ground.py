@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +79,7 @@ class Ground:
         self._prices: dict[str, dict[Path, dict[str, Any]]] = {}
         self._base_fingerprint: str | None = None
         self.expected_base: str | None = None
-        self.hands: Hands = Alone()  # others, where processes share the scoring
+        self.hands: Hands = Alone()  # others, where processes share the work
         self.stored: StoredPool | None = None
         # Passes at the first n checkpoints with their learning rates, by n and how they look.
         self.passes: dict[tuple[int, View], list[tuple[StoredPool, float]]] = {}
@@ -286,6 +286,11 @@ class Ground:
                 remove(path)  # stale, as in `is_done`
                 return run()
 
+    def making(self, path: Path) -> AbstractContextManager[None]:
+        """Hold a result while it is looked for or made: of several processes one makes it."""
+        part = path.relative_to(self.out).as_posix()
+        return self.hands.turn(part, lambda: path.exists())
+
     @contextmanager
     def charge(self, step: str, path: Path) -> Generator[None]:
         """Measure a step whose result goes to `path`, and keep the price beside it."""
@@ -294,22 +299,17 @@ class Ground:
         self.keep_price(path, measured)
         self.recall(step, path)
 
-    def keep_price(self, path: Path, price: Measured, *, part: str = "") -> None:
+    def keep_price(self, path: Path, price: Measured, *, is_part: bool = False) -> None:
         """Keep what a result cost beside it.
 
         Args:
             path: of the result.
             price: what it cost this process.
-            part: what this process did of it, where several share it.
+            is_part: others may have done the rest of it.
         """
-        name = f"{path.name}.{part}.cost.json" if part else f"{path.name}.cost.json"
+        part = f".{self.hands.name}" if is_part and self.hands.name else ""
+        name = f"{path.name}{part}.cost.json"
         write_file(path.with_name(name), json.dumps(price.to_json()).encode())
-
-    def copy_price(self, path: Path, to: Path) -> None:
-        """Put what one result cost beside another that was made with it."""
-        price = path.with_name(f"{path.name}.cost.json").read_bytes()
-        # As a whole: half a price, after a kill, would be refused by every later call.
-        write_file(to.with_name(f"{to.name}.cost.json"), price)
 
     def recall(self, step: str, path: Path) -> None:
         """Read what a finished step cost: seconds of all processes that shared it, highest peak.

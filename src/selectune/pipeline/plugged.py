@@ -13,7 +13,7 @@ from selectune.evaluation import Evaluation
 from selectune.files import lock, sweep, write_file
 from selectune.models import model_is_package
 from selectune.offsite.standing import Standing, Who, standing
-from selectune.pipeline.answered import evaluate_arm
+from selectune.pipeline.answered import Respondent, rank_options
 from selectune.pipeline.arms import BASE, SELECTED
 from selectune.pipeline.ground import Ground
 from selectune.pipeline.prepare import DemoNames
@@ -87,7 +87,7 @@ def _asked(recipe: Recipe, model: str, out: Path, progress: Progress) -> dict[st
     ground = Ground(changed, out, shared=None, tasks=None, progress=progress)
     heldout = ground.prepared.heldout
     questions = {task: heldout[task] for task in ground.tasks if task in heldout}
-    return evaluate_arm(ground, BASE, None, questions)
+    return rank_options(ground, Respondent.arm(ground, BASE, None), questions)
 
 
 def _of_open_run(folder: Path, progress: Progress) -> Mapping[str, Evaluation]:

@@ -91,7 +91,7 @@ def take_gpu(launch: Launch) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one of several processes does of the scoring.
+    """What one of several processes does of a work.
 
     Args:
         index: which one, from 0.
@@ -104,18 +104,13 @@ class Part:
     launch: str = ""
 
     @property
-    def name(self) -> str:
-        """What it is called beside what it cost."""
-        return f"{self.index + 1}-of-{self.n}"
-
-    @property
     def is_leader(self) -> bool:
         """Whether this process stays until all is scored, and goes on from there."""
         return bool(self.launch) and self.index == 0
 
 
 def read_part(shard: str, launch: Launch | None, *, allow: str = "") -> Part | None:
-    """Return this process's part of the scoring, None for all of it.
+    """Return this process's part of a work, None for all of it.
 
     Args:
         shard: what `--shard` says, "" for nothing.
@@ -133,7 +128,7 @@ def read_part(shard: str, launch: Launch | None, *, allow: str = "") -> Part | N
             "several processes cannot share a run that is being changed",
             where=where,
             why="one of them would remove what others are still working on",
-            do="run `selectune score RECIPE --allow ...` in one process, or choose another output",
+            do="run the same command in one process, or choose another output",
         )
     if launch is not None:
         if shard:

@@ -13,9 +13,10 @@ import yaml
 
 from selectune.errors import CorruptFileError, IncompatibleRunError
 from selectune.files import sha256_file, write_file
+from selectune.models import choose_device, choose_precision
 from selectune.pipeline.measure import Measured
 from selectune.pipeline.verification import FORMAT, check_file, read_run
-from selectune.recipe import Recipe
+from selectune.recipe import ModelSection, Recipe
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
@@ -40,6 +41,12 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": cuda,
     }
+
+
+def precision_input(model: ModelSection) -> str:
+    """Return how a model computes here, as one of a record's inputs."""
+    device = choose_device(model.device)
+    return f"{choose_precision(model.dtype, device)} on {device.type}"
 
 
 class Record:

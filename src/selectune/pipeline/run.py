@@ -34,10 +34,10 @@ from selectune.files import (
 from selectune.interchange.scores import MEANING
 from selectune.methods.evidence import ReadsCheckpoints
 from selectune.methods.rules import Budget
-from selectune.models import choose_device, choose_precision, model_is_package
+from selectune.models import model_is_package
 from selectune.offsite.plugin_files import KIND as PLUGIN_KIND
 from selectune.offsite.plugin_saving import save_plugin
-from selectune.pipeline.answered import evaluate_arm
+from selectune.pipeline.answered import Respondent, rank_options
 from selectune.pipeline.arms import (
     BASE,
     SELECTED,
@@ -54,7 +54,7 @@ from selectune.pipeline.measure import Measured
 from selectune.pipeline.outcome import Outcome
 from selectune.pipeline.plan import make_plan
 from selectune.pipeline.processes import Part
-from selectune.pipeline.record import Record
+from selectune.pipeline.record import Record, precision_input
 from selectune.pipeline.reselection import Source
 from selectune.pipeline.scoring import score_pool, share_passes, shares_passes
 from selectune.pipeline.story import tell
@@ -169,6 +169,8 @@ class Run:
         crew = Crew(
             self.out / CLAIMS, index=part.index, n=part.n,
             is_fixed=not part.launch, waits=part.is_leader,
+            instead=f"run `selectune score RECIPE --shard 1/{part.n}` to its end, then the other "
+            "shards, then `selectune score RECIPE`",
         )  # fmt: skip
         self.ground.hands = crew
         try:
@@ -176,12 +178,12 @@ class Run:
                 _ = self._record
             if self._record.done("score", self._score_fingerprint()) is not None:
                 return Outcome({"is_complete": True}, ["all is scored"])
-            worked = share_passes(self.ground, section.method, dict(section.options), part.name)
+            worked = share_passes(self.ground, section.method, dict(section.options))
         finally:
             self.ground.hands = Alone()
             crew.close()
         facts = {
-            "shard": part.name.replace("-of-", "/"),
+            "shard": f"{part.index + 1}/{part.n}",
             "n_computed": worked.n_computed,
             "n_done": worked.n_done,
             "n_shards": worked.n_shards,
@@ -321,11 +323,10 @@ class Run:
 
     @cached_property
     def _record(self) -> Record:
-        device = choose_device(self.recipe.model.device)
         inputs = {
             "data": self.ground.prepared.fingerprint,
             "adapter_files": self._own_adapter,
-            "precision": f"{choose_precision(self.recipe.model.dtype, device)} on {device.type}",
+            "precision": precision_input(self.recipe.model),
             **_outside_scores(self.recipe),
         }
         return Record(self.out, self.recipe, allow=self._allow, inputs=inputs)
@@ -546,7 +547,8 @@ class Run:
         }
         paths: dict[str, Path | None] = {BASE: None, **{arm.name: arm.path for arm in arms}}
         answers = {
-            name: evaluate_arm(self.ground, name, path, questions) for name, path in paths.items()
+            name: rank_options(self.ground, Respondent.arm(self.ground, name, path), questions)
+            for name, path in paths.items()
         }
         found = self._verdict(answers)
         facts = _evaluation_facts(answers, found)

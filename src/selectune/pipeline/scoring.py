@@ -74,38 +74,47 @@ class _Pass:
     beside: tuple["_Pass", ...] = ()
 
     def run(self) -> StoredPool:
-        """Do what is missing, and read the whole."""
+        """Do what is missing, beside others or alone, and read the whole."""
         store, path = self._fresh()
-        if store.is_complete():
-            self.ground.recall(self._step, path)
-        else:
+        if not store.is_complete():
             others = [(one, *one._fresh()) for one in self.beside]
             missing = [(one, other, to) for one, other, to in others if not other.is_complete()]
-            with self.ground.charge(self._step, path):
-                self._work(store, [(one, other) for one, other, _ in missing])
-            for *_, to in missing:
-                self.ground.copy_price(path, to)  # what each would have cost alone
+            # What each would have cost alone.
+            prices = [path, *(to for *_, to in missing)]
+            self._priced(store, prices, [(one, other) for one, other, _ in missing])
+        self.ground.recall(self._step, path)
         return store.load(targets(self.ground))
 
-    def share(self, part: str) -> tuple[Worked, StoredPool | None]:
+    def share(self) -> tuple[Worked, StoredPool | None]:
         """Do this process's part; return how far the pass is, and the pass once it is complete.
-
-        Args:
-            part: what this process's part is called.
 
         Raises:
             IncompatibleRunError: the folder holds a pass of other inputs. Others may be using it,
                 so it is not removed.
         """
         store, path = self._store()
-        with Measured() as measured:
-            worked = self._work(store)
-        if worked.n_computed:
-            self.ground.keep_price(path, measured, part=part)
+        worked = self._priced(store, [path])
         if not worked.is_complete:
             return worked, None
         self.ground.recall(self._step, path)
         return worked, store.load(targets(self.ground))
+
+    def _priced(
+        self,
+        store: GradientStore,
+        paths: Sequence[Path],
+        beside: Sequence[tuple["_Pass", GradientStore]] = (),
+    ) -> Worked:
+        """Work, and keep what that cost beside some results."""
+        hands = self.ground.hands
+        waited = hands.waited
+        with Measured() as measured:
+            worked = self._work(store, beside)
+        measured.seconds -= hands.waited - waited
+        if worked.n_computed or not hands.name:  # else the rest was others'
+            for path in paths:
+                self.ground.keep_price(path, measured, is_part=True)
+        return worked
 
     def _fresh(self) -> tuple[GradientStore, Path]:
         """Return the store and its folder, without what was made of other inputs."""
@@ -297,14 +306,13 @@ def shares_passes(name: str) -> bool:
     return bool({"gradients", "checkpoints"} & set(get("data_scorer", name).needs))
 
 
-def share_passes(ground: Ground, name: str, options: dict[str, object], part: str) -> Worked:
+def share_passes(ground: Ground, name: str, options: dict[str, object]) -> Worked:
     """Do this process's part of the gradient passes that a scorer reads.
 
     Args:
         ground: of the run; its `hands` say what is this process's.
         name: of a scorer that takes gradients.
         options: its options, as the recipe gives them.
-        part: what this process's part is called.
 
     Returns:
         How far all passes together are.
@@ -312,14 +320,14 @@ def share_passes(ground: Ground, name: str, options: dict[str, object], part: st
     entry = get("data_scorer", name, where="score.method")
     found: list[Worked] = []
     if "gradients" in entry.needs:
-        worked, ground.stored = _plain_pass(ground).share(part)
+        worked, ground.stored = _plain_pass(ground).share()
         found.append(worked)
     else:
         reading: ReadsCheckpoints = entry.parse(options, where="score.options")
         n, view = n_checkpoints(ground.recipe, reading), reading.view
         passes: list[tuple[StoredPool, float]] = []
         for one, rate in _checkpoint_passes(ground, n, view):
-            worked, stored = one.share(part)
+            worked, stored = one.share()
             found.append(worked)
             if stored is not None:
                 passes.append((stored, rate))
@@ -383,25 +391,26 @@ def _hidden_states(ground: Ground) -> StateFacts:
     made_from = _of_base(ground, base)
     path = ground.place("states", "states", made_from)
     aims, pool = targets(ground), ground.tokens.pool
-    if not ground.is_done(path, "states", made_from):
-        with (
-            ground.charge("states", path),
-            ground.progress.phase("hidden states", len(pool), "examples") as advance,
-        ):
-            facts = state_similarity(
-                base.model,
-                pool,
-                [t.tokens for t in aims],
-                groups=[t.group for t in aims],
-                pad_id=base.pad_id,
-                precision=base.precision,
-                token_budget=ground.recipe.score.token_budget,
-                advance=advance,
-            )
-            with staged(path, kind="states", meta={"fingerprint": made_from}) as stage:
-                cosines = {"weighted": facts.weighted, "mean": facts.mean}
-                stage.write_tensors("cosines.safetensors", cosines)
-        return facts
+    with ground.making(path):
+        if not ground.is_done(path, "states", made_from):
+            with (
+                ground.charge("states", path),
+                ground.progress.phase("hidden states", len(pool), "examples") as advance,
+            ):
+                facts = state_similarity(
+                    base.model,
+                    pool,
+                    [t.tokens for t in aims],
+                    groups=[t.group for t in aims],
+                    pad_id=base.pad_id,
+                    precision=base.precision,
+                    token_budget=ground.recipe.score.token_budget,
+                    advance=advance,
+                )
+                with staged(path, kind="states", meta={"fingerprint": made_from}) as stage:
+                    cosines = {"weighted": facts.weighted, "mean": facts.mean}
+                    stage.write_tensors("cosines.safetensors", cosines)
+            return facts
     ground.recall("states", path)
     read = open_dir(path, kind="states").read_tensors("cosines.safetensors")
     return StateFacts(
@@ -429,25 +438,25 @@ def base_losses(ground: Ground) -> Float[np.ndarray, " n"]:
     base = ground.base()
     made_from = _of_base(ground, base)
     path = ground.place("losses", "losses", made_from)
-    if ground.is_done(path, "losses", made_from):
-        ground.recall("losses", path)
-        return _array(open_dir(path, kind="losses").read_tensors("losses.safetensors")["losses"])
     pool = ground.tokens.pool
-    with (
-        ground.charge("losses", path),
-        ground.progress.phase("base losses", len(pool), "examples") as advance,
-    ):
-        losses = pool_losses(
-            base.model,
-            pool,
-            pad_id=base.pad_id,
-            precision=base.precision,
-            token_budget=ground.recipe.score.token_budget,
-            advance=advance,
-        )
-        with staged(path, kind="losses", meta={"fingerprint": made_from}) as stage:
-            stage.write_tensors("losses.safetensors", {"losses": losses})
-    return losses
+    with ground.making(path):
+        if not ground.is_done(path, "losses", made_from):
+            with (
+                ground.charge("losses", path),
+                ground.progress.phase("base losses", len(pool), "examples") as advance,
+            ):
+                losses = pool_losses(
+                    base.model,
+                    pool,
+                    pad_id=base.pad_id,
+                    precision=base.precision,
+                    token_budget=ground.recipe.score.token_budget,
+                    advance=advance,
+                )
+                with staged(path, kind="losses", meta={"fingerprint": made_from}) as stage:
+                    stage.write_tensors("losses.safetensors", {"losses": losses})
+    ground.recall("losses", path)
+    return _array(open_dir(path, kind="losses").read_tensors("losses.safetensors")["losses"])
 
 
 def _array(values: object) -> np.ndarray:

@@ -146,18 +146,23 @@ class _Pass:
         """
         size = self._ground.recipe.score.shard_examples
         shards = [items[start : start + size] for start in range(0, len(items), size)]
-        missing = [k for k in range(len(shards)) if not self._has(k)]
-        if missing:
-            with Measured() as measured:
-                direction = self._found_direction()
-                n_left = sum(len(shards[k]) for k in missing)
-                with self._ground.progress.phase(step, n_left, "examples") as advance:
-                    for k in missing:
-                        self._compute(k, shards[k], direction)
-                        advance(len(shards[k]))
-            self._ground.keep_price(self._path, measured)
+        with self._ground.making(self._path):
+            self._work(shards, step)
         self._ground.recall(step, self._path)
         return self._read(items, len(shards))
+
+    def _work(self, shards: Sequence[Sequence[Tokens]], step: str) -> None:
+        missing = [k for k in range(len(shards)) if not self._has(k)]
+        if not missing:
+            return
+        with Measured() as measured:
+            direction = self._found_direction()
+            n_left = sum(len(shards[k]) for k in missing)
+            with self._ground.progress.phase(step, n_left, "examples") as advance:
+                for k in missing:
+                    self._compute(k, shards[k], direction)
+                    advance(len(shards[k]))
+        self._ground.keep_price(self._path, measured)
 
     def _has(self, k: int) -> bool:
         return self._ground.is_done(self._shard(k), _KIND, self._fingerprint)

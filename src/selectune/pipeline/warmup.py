@@ -15,7 +15,7 @@ from torch import nn
 
 from selectune.adapters import add_adapter, load_adapter
 from selectune.errors import ConfigError
-from selectune.files import KillPoint, is_complete, kill_point, open_dir
+from selectune.files import KillPoint, kill_point, open_dir
 from selectune.files.disk import remove
 from selectune.gradients.adam import Moments
 from selectune.methods.evidence import ReadsCheckpoints
@@ -33,7 +33,6 @@ from selectune.training.trainer_folder import (
     read_moments,
     trainer_checkpoints,
 )
-from selectune.training.tune import KIND as ADAPTER
 
 
 def scorers(recipe: Recipe) -> Iterator[tuple[Entry, Mapping[str, Any]]]:
@@ -251,7 +250,7 @@ def warm_up(ground: Ground, base: Base) -> Warmed:
     path = ground.place("warmup", "warmup", digest({"w": fingerprint, "t": options.model_dump()}))
     items = [ground.tokens.by_id[i] for i in warmup_ids(ground)]
     n_steps = -(-len(items) // (options.batch_size * options.accumulation))
-    with ground.hands.turn("warmup", lambda: is_complete(path / "adapter", ADAPTER)):
+    with ground.making(path / "adapter"):
         if keeps and _lacks_checkpoints(path, n_steps, n_epochs):
             remove(path)  # of a run whose scorers read none
         result = ground.train(

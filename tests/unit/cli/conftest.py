@@ -47,6 +47,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
         progress: Progress,
         allow: tuple[str, ...],
         tell: Callable[[str], None] | None,
+        launch: str,
     ) -> FakeResult:
         fake.allowed = allow
         if tell is not None:
