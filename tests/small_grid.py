@@ -28,7 +28,9 @@ WISHES = (
     "evaluate.limit=4",
     "evaluate.generate=true",
 )
-CLOCK = frozenset({"costs", "seconds", "seconds_per_step", "time_ratio", "peak_ratio", "peak_bytes"})
+CLOCK = frozenset(
+    {"costs", "seconds", "seconds_per_step", "time_ratio", "peak_ratio", "peak_bytes"}
+)
 Found = dict[str, Any]
 
 
