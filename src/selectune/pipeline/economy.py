@@ -56,8 +56,8 @@ class Economy:
         return choose_precision(self.precision, base.device)
 
 
-# Where a cheaper pass starts to rank otherwise: the table of benchmarks/fast.py in PAPERS.md. A pool
-# with a long tail saves by the length; fewer layers lose the ranks long before they save as much.
+# Where a cheaper pass starts to rank otherwise: the table of benchmarks/fast.py in PAPERS.md. Where
+# few examples are long, the length saves; fewer layers lose the ranks before they save as much.
 KNEE: Mapping[str, Any] = {"max_length": "90%", "precision": "auto"}
 
 
