@@ -16,7 +16,7 @@ from selectune.files.disk import MANIFEST, sha256_file
 from selectune.files.kill import CRASH_AT, KillPoint, kill_point, passes
 from selectune.files.opened import Opened, is_complete, open_dir
 from selectune.files.rundir import check_free_space, lock, share, sweep
-from selectune.files.single import write_file
+from selectune.files.single import write_file, write_parquet
 from selectune.files.stage import StagedDir, refuse_other_result, seal, staged
 
 __all__ = [
@@ -41,4 +41,5 @@ __all__ = [
     "staged",
     "sweep",
     "write_file",
+    "write_parquet",
 ]

@@ -1,8 +1,11 @@
 """Single files, replaced as a whole."""
 
+from __future__ import annotations
+
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from selectune.files.disk import (
     make_dirs,
@@ -14,6 +17,9 @@ from selectune.files.disk import (
     write_new,
 )
 from selectune.files.kill import KillPoint, kill_point
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -35,3 +41,17 @@ def write_file(path: Path, data: bytes) -> None:
             with suppress(OSError):
                 remove(temp)
             raise
+
+
+def write_parquet(path: Path, table: Table) -> None:
+    """Write a table that people open with their own tools, as `write_file` does.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    sink = pa.BufferOutputStream()
+    parquet.write_table(table, sink)
+    write_file(path, sink.getvalue().to_pybytes())

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selectune.data.sources import Raw, read_jsonl, read_parquet
 from selectune.errors import ConfigError, DataError, nearest
-from selectune.files import write_file
+from selectune.files import write_file, write_parquet
 from selectune.selection import Scores
 
 _log = logging.getLogger(__name__)
@@ -45,7 +44,11 @@ def write_scores(scores: Scores, path: Path) -> None:
         StorageError: the disk refuses.
     """
     _reader_of(path)
-    write_file(path, _to_jsonl(scores) if path.suffix == ".jsonl" else _to_parquet(scores))
+    if path.suffix == ".jsonl":
+        write_file(path, _to_jsonl(scores))
+        return
+    meaning = json.dumps({"method": scores.method, "about": dict(scores.about)})
+    write_parquet(path, scores.to_table().replace_schema_metadata({MEANING: meaning.encode()}))
 
 
 def read_scores(path: Path, *, column: str = "score", higher_is_better: bool = True) -> Scores:
@@ -205,14 +208,6 @@ def _meaning(path: Path) -> tuple[str, dict[str, Any]]:
         except (ValueError, RecursionError):
             pass
     return OUTSIDE, {}
-
-
-def _to_parquet(scores: Scores) -> bytes:
-    meaning = json.dumps({"method": scores.method, "about": dict(scores.about)})
-    table = scores.to_table().replace_schema_metadata({MEANING: meaning.encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return sink.getvalue().to_pybytes()
 
 
 def _to_jsonl(scores: Scores) -> bytes:

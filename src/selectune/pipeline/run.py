@@ -12,9 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from selectune.adapters import adapter_fingerprint, checkpoints_fingerprint, load_tuned
 from selectune.errors import ConfigError, CorruptFileError, DataError
 from selectune.evaluation import Evaluation, Verdict, check_questions, together, verdict
@@ -31,7 +28,6 @@ from selectune.files import (
     sweep,
     write_file,
 )
-from selectune.interchange.scores import MEANING
 from selectune.methods.evidence import ReadsCheckpoints
 from selectune.methods.rules import Budget
 from selectune.models import model_is_package
@@ -56,8 +52,18 @@ from selectune.pipeline.plan import make_plan
 from selectune.pipeline.processes import Part
 from selectune.pipeline.record import Record, precision_input
 from selectune.pipeline.reselection import Source
+from selectune.pipeline.run_files import (
+    CHOSEN,
+    METRICS,
+    SCORES,
+    count_sources,
+    read_own_scores,
+    write_chosen,
+    write_metrics,
+)
 from selectune.pipeline.scoring import score_pool, share_passes, shares_passes
 from selectune.pipeline.story import tell
+from selectune.pipeline.telling import evaluation_facts, evaluation_lines, told_scores
 from selectune.pipeline.token_scoring import FILES as TOKENS
 from selectune.pipeline.token_scoring import (
     Form,
@@ -76,10 +82,8 @@ from selectune.registry import get
 from selectune.report import write_report
 from selectune.selection import Scores, Selection
 
-SCORES = "scores.parquet"
 CLAIMS = ".claims"
 PLUGIN = "plugin"
-CHOSEN = ("selected.jsonl", "selected.parquet")
 
 
 class Run:
@@ -131,7 +135,7 @@ class Run:
             scores = self._ensure_scores()
             entry = self._record.entry("score")
             facts = {"scores": str(self.out / SCORES), **(entry["facts"] if entry else {})}
-            return Outcome(facts, [_told(scores), f"scores: {self.out / SCORES}"])
+            return Outcome(facts, [told_scores(scores), f"scores: {self.out / SCORES}"])
 
     def share(self, part: Part) -> Outcome:
         """Do one process's part of the gradient passes, beside others in the same folder.
@@ -217,7 +221,7 @@ class Run:
         """Choose examples within the budget."""
         with self._writing():
             selection = self._ensure_selection()
-            by_source = _count_sources(self.ground, selection)
+            by_source = count_sources(self.ground, selection)
             facts = {
                 "n_selected": len(selection),
                 "n_pool": len(selection.universe),
@@ -287,7 +291,7 @@ class Run:
         with self._writing():
             answers = self._ensure_answers()
             found = self._verdict(answers)
-            return Outcome(_evaluation_facts(answers, found), _evaluation_lines(answers, found))
+            return Outcome(evaluation_facts(answers, found), evaluation_lines(answers, found))
 
     def report(self) -> Outcome:
         """Write the report of what is there."""
@@ -308,8 +312,8 @@ class Run:
             if self.recipe.data.heldout is not None:
                 answers = self._ensure_answers()
                 found = self._verdict(answers)
-                facts |= _evaluation_facts(answers, found)
-                text += _evaluation_lines(answers, found)
+                facts |= evaluation_facts(answers, found)
+                text += evaluation_lines(answers, found)
             else:
                 text.append("no verdict: data.heldout names no held-out examples")
             path = self._write_report()
@@ -384,7 +388,7 @@ class Run:
         path = self.out / SCORES
         if (entry := self._record.done("score", fingerprint)) is not None:
             self.ground.expected_base = entry["facts"].get("base")
-            self._scores = _read_scores(path)
+            self._scores = read_own_scores(path)
             self._recall_costs()
             return self._scores
         section = self.recipe.score
@@ -424,8 +428,8 @@ class Run:
         with Measured() as measured:
             selection = choose(self.ground, scores, fingerprint)
             selection.save_pretrained(folder)
-            _write_chosen(self.out, self.ground, scores, selection)
-        facts = {"n_selected": len(selection), "by_source": _count_sources(self.ground, selection)}
+            write_chosen(self.out, self.ground, scores, selection)
+        facts = {"n_selected": len(selection), "by_source": count_sources(self.ground, selection)}
         self._record.write("select", fingerprint, cost=measured, files=CHOSEN, facts=facts)
         kill_point(KillPoint.SELECTION_DONE)
         return selection
@@ -489,8 +493,7 @@ class Run:
             how = tuning.plainly() if is_plain else tuning
             source = None if is_plain else self._source(name, {})
             arms.append(tune_arm(self.ground, name, ids, tuning=how, source=source))
-        lines = [line for arm in arms for line in _metrics(arm)]
-        write_file(self.out / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
+        write_metrics(self.out, arms)
         facts = {
             arm.name: {
                 "path": str(arm.path),
@@ -508,7 +511,7 @@ class Run:
         }
         fingerprint = digest({"selection": selection.fingerprint, "arms": facts})
         self._record.write(
-            "tune", fingerprint, cost=cost, files=["metrics.jsonl"],
+            "tune", fingerprint, cost=cost, files=[METRICS],
             facts={"arms": facts, "costs": dict(self.ground.costs)},
         )  # fmt: skip
         self._write_plugin(arms[0])
@@ -551,7 +554,7 @@ class Run:
             for name, path in paths.items()
         }
         found = self._verdict(answers)
-        facts = _evaluation_facts(answers, found)
+        facts = evaluation_facts(answers, found)
         if self.recipe.evaluate.lm_eval:
             facts["lm_eval"] = self._lm_eval(paths)
         text = json.dumps(facts, indent=2, ensure_ascii=False)
@@ -659,91 +662,3 @@ def _outside_scores(recipe: Recipe) -> dict[str, str]:
             why=error.what,
             do="check the path; it is relative to where you stand",
         ) from error
-
-
-def _metrics(arm: TunedArm) -> list[str]:
-    """Return one line per step: its loss, and what the training method did in it."""
-    facts = dict(arm.result.records)
-    return [
-        json.dumps({"arm": arm.name, "step": step, "loss": loss, **facts.get(step, {})})
-        for step, loss in arm.result.losses
-    ]
-
-
-def _read_scores(path: Path) -> Scores:
-    try:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()))
-        meaning = json.loads(table.schema.metadata[MEANING])
-        return Scores.from_table(table, meaning["method"], meaning["about"])
-    except (pa.ArrowInvalid, KeyError, ValueError, TypeError) as error:
-        raise CorruptFileError(
-            "the scores cannot be read", where=str(path), why=str(error), do="score again"
-        ) from error
-
-
-def _write_chosen(out: Path, ground: Ground, scores: Scores, selection: Selection) -> None:
-    place = {i: n for n, i in enumerate(scores.ids)}
-    rows: list[dict[str, Any]] = []
-    for example in ground.prepared.chosen(selection):
-        n = place[example.id]
-        rows.append(
-            {
-                "id": example.id,
-                "rank": len(rows) + 1,
-                "score": float(scores.score[n]),
-                "source": example.source,
-                "best_target": scores.best_target[n] if scores.best_target else None,
-                "reason": selection.reasons.get(example.id, ""),
-            }
-        )
-    chosen = ground.prepared.chosen(selection)
-    lines = [
-        json.dumps({**example.extra, "selectune": row}, ensure_ascii=False, default=str)
-        for example, row in zip(chosen, rows, strict=True)
-    ]
-    # A column that nothing reads may hold half a character.
-    write_file(out / CHOSEN[0], ("\n".join(lines) + "\n").encode(errors="replace"))
-    contents = [json.dumps(dict(e.content), ensure_ascii=False) for e in chosen]
-    table = pa.Table.from_pylist(rows).append_column("content", pa.array(contents, pa.string()))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    write_file(out / CHOSEN[1], sink.getvalue().to_pybytes())
-
-
-def _count_sources(ground: Ground, selection: Selection) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for example_id in selection.ids:
-        source = ground.prepared.sources[example_id]
-        counts[source] = counts.get(source, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _told(scores: Scores) -> str:
-    tasks = scores.about.get("tasks", {})
-    ranks = {task: about["rank"] for task, about in tasks.items() if "rank" in about}
-    said = f"{len(scores)} examples scored by {scores.method}"
-    if ranks:
-        said += ", rank " + ", ".join(f"{rank} ({task})" for task, rank in ranks.items())
-    fast = scores.about.get("fast")
-    return f"{said}\n{told_fast(fast)}" if fast else said
-
-
-def _evaluation_facts(
-    answers: Mapping[str, Mapping[str, Evaluation]], found: Verdict
-) -> dict[str, Any]:
-    arms = {
-        arm: {task: one.to_json() for task, one in by_task.items()}
-        for arm, by_task in answers.items()
-    }
-    return {"verdict": found.to_json(), "arms": arms}
-
-
-def _evaluation_lines(answers: Mapping[str, Mapping[str, Evaluation]], found: Verdict) -> list[str]:
-    lines = [f"{'arm':<14}{'task':<12}{'answer loss':>12}{'accuracy':>10}{'n':>6}"]
-    for arm, by_task in answers.items():
-        for task, one in by_task.items():
-            share = "-" if one.accuracy is None else f"{one.accuracy:.3f}"
-            lines.append(f"{arm:<14}{task:<12}{one.answer_loss:>12.3f}{share:>10}{one.n:>6}")
-    lines += ["", found.text]
-    lines += [f"  try: {advice}" for advice in found.advice]
-    return lines

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from selectune.data import Tokens, collate, length_sorted_batches, preview
 from selectune.data.tokens import fingerprint_of
 from selectune.errors import ConfigError, nearest
-from selectune.files import open_dir, staged, write_file
+from selectune.files import open_dir, staged, write_file, write_parquet
 from selectune.gradients.engine import GradientEngine
 from selectune.gradients.token_scores import (
     Direction,
@@ -329,9 +329,7 @@ def write_tokens(
             ("scores", pa.list_(pa.float64())),
         ]
     )
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=form), sink)
-    write_file(out / FILES[1], sink.getvalue().to_pybytes())
+    write_parquet(out / FILES[1], pa.Table.from_pylist(rows, schema=form))
 
 
 def read_tokens(out: Path) -> list[dict[str, Any]]:
