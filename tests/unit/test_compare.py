@@ -12,6 +12,7 @@ from selectune.errors import ConfigError
 from selectune.grid.cells import SELECTED, selected_file
 from selectune.grid.compare import ComparisonTable, compare, plan_grid
 from selectune.pipeline import prices
+from selectune.pipeline.arms import SELECTED as SELECTED_ARM
 from selectune.pipeline.run import Run
 from selectune.progress import Silent
 from selectune.recipe import load_recipe
@@ -381,6 +382,41 @@ def test_a_forecast_counts_what_a_run_counts_of_every_scorer(
         assert facts["seconds"]["gradients"] == pytest.approx(2 * one, abs=0.2)
     assert short["seconds"]["gradients"] < whole["seconds"]["gradients"] / 4
     assert short["seconds"]["warmup"] == whole["seconds"]["warmup"]
+
+
+def test_a_row_takes_gradients_of_an_adapter_of_its_own_and_trains_as_the_others(
+    folder: Path, tmp_path: Path
+) -> None:
+    own = "{kind: lora, rank: 1, alpha: 2.0, modules: [k_proj]}"
+    rows = f"[gist, {{name: own, method: gist, adapter: {own}}}]"
+    words = [f"output={tmp_path / 'run'}", "matrix.seeds=[1]", "matrix.targets=[colours]"]
+    recipe = load_recipe(
+        folder / "recipe.yaml", [f"matrix.methods={rows}", "matrix.tune=null", *words]
+    )
+    compare(recipe, out=tmp_path / "run", progress=Silent())
+    section = recipe.adapter.model_dump_json()
+    alone = load_recipe(
+        folder / "recipe.yaml",
+        ["matrix=null", f"adapter={own}", f"tune.adapter={section}", "seed=1", "tune.controls=[]"],
+    )
+    hand = Run(alone, out=tmp_path / "alone", tasks=["colours"]).answers()[SELECTED_ARM]
+    cells = {
+        name: json.loads((tmp_path / f"run/cells/{name}-colours-seed-1/cell.json").read_text())
+        for name in ("gist", "own")
+    }
+    loss = cells["own"]["likelihood"]["colours"]["answer_loss"]
+    assert loss == hand["colours"].answer_loss
+    assert cells["own"]["selection"] != cells["gist"]["selection"]
+    assert len(list((tmp_path / "run/shared/warmup").glob("*/adapter"))) == 2
+    trained = {
+        (path / "adapter/adapter_config.json").read_text()
+        for path in (tmp_path / "run/shared/tune").iterdir()
+        if path.is_dir()
+    }
+    assert len(trained) == 1
+    again = load_recipe(tmp_path / "run/cells/own-colours-seed-1/config.yaml")
+    assert again.matrix is not None
+    assert again.matrix.methods[0].adapter.rank == 1
 
 
 def test_a_forecast_prices_answers_written_and_text_read(

@@ -316,6 +316,24 @@ def test_changed_is_checked_like_a_file(tmp_path: Path) -> None:
         (["adapter.kind=series", "adapter.layers=[0]"], "adapter.layers=[0]", "would not be used"),
         (["adapter.kind=full", "adapter.rank=4"], "adapter.rank=4", "would not be used"),
         (["model.adapter=a", "warmup.epochs=2"], "warmup", "would not be used"),
+        (
+            ["matrix={methods: [{name: own, method: length, adapter: {rank: 2}}]}"],
+            "methods",
+            "the adapter of the row",
+        ),
+        (
+            [
+                "matrix={methods: [{name: own, method: gist, adapter: {rank: 2}}]}",
+                "tune.reselect_every=0.5",
+            ],
+            "methods",
+            "the adapter of the row",
+        ),
+        (
+            ["matrix={methods: [{name: own, method: gist, adapter: {kind: full, rank: 2}}]}"],
+            "methods",
+            "would not be used",
+        ),
         (["warmup.epochs=5"], "warmup.epochs=5", "past the end"),
         (["select.quotas.a=[0.5, 0.1]"], "select.quotas.a", "the quota of"),
         (["select.quotas={a: [0.6, 1], b: [0.6, 1]}"], "select.quotas", "more than 1"),

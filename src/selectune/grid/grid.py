@@ -128,18 +128,20 @@ class Grid:
 
         Args:
             seed: of the run.
-            method: a row that may have a warm-up or an emulator of its own; None for the base with
-                the section warmup.
+            method: a row that may have a warm-up, an adapter or an emulator of its own; None for
+                the base with the sections warmup and adapter.
         """
-        own = (None, None) if method is None else (method.warmup, method.emulate)
-        rows = [m for m in self.methods if (m.warmup, m.emulate) == own]
-        key = seed, "" if own == (None, None) else rows[0].name
+        own = _own(method)
+        rows = [m for m in self.methods if _own(m) == own]
+        key = seed, "" if own == _own(None) else rows[0].name
         if key not in self._grounds:
             recipe = self.recipe
             if method is not None and method.emulate is not None:
                 recipe = self.emulators.recipe(method)
             if method is not None and method.warmup is not None:
                 recipe = recipe.model_copy(update={"warmup": method.warmup})
+            if method is not None and method.adapter is not None:
+                recipe = recipe.model_copy(update={"adapter": method.adapter})
             matrix = self.matrix.model_copy(update={"methods": rows})
             grid = recipe.model_copy(update={"matrix": matrix})
             # Checked already: without the matrix some of it would seem to be for nothing.
@@ -160,6 +162,10 @@ class Grid:
                     self._hold_aside(ground)
             self._grounds[key] = ground
         return self._grounds[key]
+
+    def training_ground(self, seed: int, method: MatrixMethod) -> Ground:
+        """Return where a row trains: not where its gradients are taken, if that is by itself."""
+        return self.ground(seed, None if method.adapter is not None else method)
 
     @property
     def costs(self) -> dict[str, Any]:
@@ -285,8 +291,8 @@ class Grid:
         label: str,
     ) -> tuple[_Choice, TunedArm]:
         """Select and tune with one setting; equal work is found, not repeated."""
-        ground = self.ground(seed, method)
         choice = self.select(method, tasks, seed)
+        ground = self.training_ground(seed, method)
         ground.focus(tasks)
         tuning = self.tuning(method, *setting)
         if method.emulate is not None:
@@ -356,7 +362,7 @@ class Grid:
         seed, (rate, epochs) = self.matrix.seeds[0], setting
         label = f"{method.name} lr {rate:g} epochs {epochs}"
         _, arm = self.train(method, tasks, seed, setting, label)
-        ground = self.ground(seed, method)
+        ground = self.training_ground(seed, method)
         questions = {task: self._aside[task] for task in tasks}
         answers = rank_options(ground, Respondent.arm(ground, label, arm.path), questions)
         # Tasks count alike, however many targets they have.
@@ -396,7 +402,7 @@ class Grid:
         setting = self.setting(method, tasks)
         label = " ".join([method.name, *(tasks if len(tasks) == 1 else ()), f"seed {seed}"])
         choice, arm = self.train(method, tasks, seed, setting, label)
-        ground, selection = self.ground(seed, method), choice.selection
+        ground, selection = self.training_ground(seed, method), choice.selection
         prepared = ground.prepared
         if method.emulate is None:
             model = Respondent.arm(ground, label, arm.path)
@@ -447,7 +453,7 @@ class Grid:
                 arm.n_examples,
                 *setting,
                 seconds_per_step=seconds,
-                seconds=arm.result.seconds + self._seconds_before(ground, method, label),
+                seconds=arm.result.seconds + self._seconds_before(seed, method, label),
                 peak_bytes=arm.result.peak_bytes if self.is_measured else None,
             )
         return found
@@ -459,8 +465,9 @@ class Grid:
         alone = self.emulators.recipe(method).model_copy(update={"matrix": self.matrix})
         return alone, method.model_copy(update={"emulate": None, "tune": None})
 
-    def _seconds_before(self, ground: Ground, method: MatrixMethod, label: str) -> float:
+    def _seconds_before(self, seed: int, method: MatrixMethod, label: str) -> float:
         """Return what a method's evidence cost, as if no other had shared it."""
+        ground = self.ground(seed, method)
         steps = [f"weights {label}"]
         # Beside a scorer of later epochs the warm-up goes on, which is not this one's to pay.
         share = {"warmup": 1.0}
@@ -470,7 +477,7 @@ class Grid:
             share["warmup"] = epochs_needed(ground.recipe, method.method, options) / max(
                 1, epochs_run(ground)
             )
-        costs = ground.costs
+        costs = {**self.training_ground(seed, method).costs, **ground.costs}
         steps += [step for step in costs if re.fullmatch(rf"refresh \d+ {re.escape(label)}", step)]
         return float(sum(costs[s]["seconds"] * share.get(s, 1.0) for s in steps if s in costs))
 
@@ -569,6 +576,13 @@ class Grid:
     def is_measured(self) -> bool:
         """Whether the memory of one training is known: on a CPU only that of the whole process."""
         return choose_device(self.recipe.model.device).type != "cpu"
+
+
+def _own(method: MatrixMethod | None) -> tuple[object, ...]:
+    """Return what a row has of its own that a ground depends on; of None, nothing."""
+    if method is None:
+        return None, None, None
+    return method.warmup, method.adapter, method.emulate
 
 
 def _told(answers: Mapping[str, Evaluation | Generation]) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
 
     Equal trainings are counted once as far as they are known to be equal: two scorers that choose
     the same examples are found out only later. Projections and making emulators are not priced;
-    what runs on an emulator is priced as if it ran on the base.
+    what runs on an emulator is priced as if it ran on the base, and the gradients of a row with an
+    adapter of its own as those of the section adapter.
 
     Args:
         ground: of one seed.
@@ -75,7 +76,7 @@ def forecast(ground: Ground, work: Sequence[Work], *, transfers: bool) -> Outcom
     masks = {plans.mask_key(one): one for one in trainings.values()}
     seconds: dict[str, float] = {}
     n_passes = 0
-    grounds = {(str(one.method.warmup), _emulator(one.method)) for one in work}
+    grounds = {_own(one.method) for one in work}
     n_warmups = len(seeds) * len(grounds)
     methods = {one.method.name: one.method for one in work}
     for step in plans.steps(methods.values()):
@@ -181,8 +182,7 @@ class _Plans:
             )
         )
         where = one.tasks if depends else ()
-        before = None if one.method.warmup is None else one.method.warmup.model_dump()
-        told = [one.method.method, dict(one.method.options), before, where, _emulator(one.method)]
+        told = [one.method.method, dict(one.method.options), where, _own(one.method)]
         return json.dumps(told, sort_keys=True)
 
     def key(self, one: Work) -> str:
@@ -280,8 +280,9 @@ class _Plans:
         return tokens * self.prices.forward
 
 
-def _emulator(method: MatrixMethod) -> str:
-    return "" if method.emulate is None else method.emulate.model_dump_json()
+def _own(method: MatrixMethod) -> str:
+    """Return what a row has of its own before it trains."""
+    return method.model_dump_json(include={"warmup", "adapter", "emulate"})
 
 
 def _lines(facts: Mapping[str, Any]) -> list[str]:

@@ -291,6 +291,9 @@ def _warmups(recipe: "Recipe") -> list[tuple[words.Path, WarmupSection]]:
 
 def _adapters(recipe: "Recipe") -> list[tuple[words.Path, AdapterSection]]:
     found: list[tuple[words.Path, AdapterSection]] = [(("adapter",), recipe.adapter)]
+    for i, row in enumerate(recipe.matrix.methods if recipe.matrix else ()):
+        if not isinstance(row, str) and row.adapter is not None:
+            found.append((("matrix", "methods", i, "adapter"), row.adapter))
     for path, section in _trainings(recipe):
         if section.adapter is not None:
             found.append(((*path, "adapter"), section.adapter))

@@ -47,7 +47,37 @@ def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             found += _training((*path, "tune"), row.tune, tree)
         if row.emulate is not None:
             found += unknown_compressor(row.emulate, tree, path)
-    return found or [*_unused_economy(recipe, tree), *_unsuited(recipe, tree)]
+    if found:
+        return found
+    return [
+        *_unused_economy(recipe, tree), *_unused_adapters(recipe, tree), *_unsuited(recipe, tree),
+    ]  # fmt: skip
+
+
+def _unused_adapters(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
+    """Return the rows whose own adapter no gradient would be taken of."""
+    found: list[ConfigError] = []
+    for i, row in enumerate(recipe.matrix.methods if recipe.matrix else ()):
+        if isinstance(row, str) or row.adapter is None:
+            continue
+        again = recipe.tune.reselect_every if row.tune is None else row.tune.reselect_every
+        reasons = {
+            f"{row.method} takes no gradients": not _takes_gradients(row.method),
+            "model.adapter names the one of all rows": recipe.model.adapter is not None,
+            "on an emulator gradients are those of the layers that train": row.emulate is not None,
+            "tune.reselect_every goes by what trains": again is not None,
+        }
+        found += [
+            ConfigError(
+                f'the adapter of the row "{row.name}" would not be used',
+                where=tree.where(("matrix", "methods", i, "adapter")),
+                why=why,
+                do="remove adapter from the row, or what it does not go with",
+            )
+            for why, holds in reasons.items()
+            if holds
+        ]
+    return found
 
 
 def _unused_economy(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
@@ -57,13 +87,7 @@ def _unused_economy(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
     names = [recipe.score.method, *recipe.tune.controls]
     if recipe.matrix is not None:
         names = [row if isinstance(row, str) else row.method for row in recipe.matrix.methods]
-    needs = {
-        need
-        for name in names
-        if name not in (FULL, PLAIN)
-        for need in registry.get("data_scorer", name).needs
-    }
-    if not given or not needs.isdisjoint({"gradients", "checkpoints"}):
+    if not given or any(map(_takes_gradients, names)):
         return []
     return [
         ConfigError(
@@ -111,6 +135,12 @@ def _unsuited(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
         for path, name, warmup in _scored(recipe)
         if warmup.until == "overlap" and "checkpoints" in registry.get("data_scorer", name).needs
     ]
+
+
+def _takes_gradients(name: str) -> bool:
+    if name in (FULL, PLAIN):
+        return False
+    return not registry.get("data_scorer", name).needs.isdisjoint({"gradients", "checkpoints"})
 
 
 def _reads_the_model(name: str) -> bool:

@@ -494,6 +494,12 @@ class MatrixMethod(Section):
         description="warm-up before this row's gradients alone; null: the section warmup, which "
         "serves all others together",
     )
+    adapter: AdapterSection | None = Field(
+        default=None,
+        exclude_if=_is_null,
+        description="adapter that this row's gradients are taken of, warm-up included; what trains "
+        "on its choice is that of the others; null: the section adapter",
+    )
     emulate: EmulateSection | None = Field(
         default=None,
         exclude_if=_is_null,
