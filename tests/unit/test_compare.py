@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from selectune.cli import main
@@ -417,6 +418,55 @@ def test_a_row_takes_gradients_of_an_adapter_of_its_own_and_trains_as_the_others
     again = load_recipe(tmp_path / "run/cells/own-colours-seed-1/config.yaml")
     assert again.matrix is not None
     assert again.matrix.methods[0].adapter.rank == 1
+
+
+def test_rows_of_another_budget_stand_beside_random_of_that_budget(
+    folder: Path, tmp_path: Path
+) -> None:
+    words = [f"output={tmp_path}", "matrix.seeds=[0, 1]", "matrix.tune=null"]
+    recipe = load_recipe(
+        folder / "recipe.yaml",
+        [*words, "matrix.methods=[gist, full]", "matrix.budgets=[0.1, 6]"],
+    )
+    told = compare(recipe, out=tmp_path, progress=Silent())
+    rows = {row.method: row for row in told.rows if row.task == "colours"}
+    names = ["base", "random", "random, 0.1", "random, 6", "gist, 0.1", "gist, 6", "full"]
+    assert list(rows) == names
+    assert rows["random, 0.1"].n_examples == rows["gist, 0.1"].n_examples
+    assert rows["random, 6"].n_examples == rows["gist, 6"].n_examples == 6
+    for method, random in (("gist, 6", "random, 6"), ("gist, 0.1", "random, 0.1")):
+        interval = rows[method].loss_vs_random
+        assert interval is not None
+        losses = [np.mean(rows[name].per_seed) for name in (method, random)]
+        assert interval.mean_difference == pytest.approx(losses[0] - losses[1])
+        assert rows[random].loss_vs_random is None
+    # One warm-up and one pass for each seed, whatever the budgets.
+    assert len(list((tmp_path / "shared").glob("warmup/*/adapter"))) == 2
+    assert len(list((tmp_path / "shared/store").glob("*/pool"))) == 2
+    again = load_recipe(tmp_path / "cells/gist_6-colours-seed-1/config.yaml")
+    replayed = compare(again, out=tmp_path / "again", progress=Silent())
+    assert [row.method for row in replayed.rows] == ["base", "random", "random, 6", "gist, 6"]
+    alone = next(row for row in replayed.rows if row.method == "gist, 6")
+    assert alone.answer_loss == rows["gist, 6"].per_seed[1]
+
+
+def test_a_row_may_select_by_a_rule_and_quotas_of_its_own(folder: Path, tmp_path: Path) -> None:
+    quota = "{quotas: {sums: [0.5, 0.5]}}"
+    rows = "[gist, {name: turns, method: gist, select: {rule: round_robin}}, "
+    rows += f"{{name: sums, method: gist, select: {quota}}}]"
+    words = ["matrix.seeds=[0]", "matrix.tune=null", "select.budget=8", f"output={tmp_path}"]
+    recipe = load_recipe(folder / "recipe.yaml", [f"matrix.methods={rows}", *words])
+    told = compare(recipe, out=tmp_path, progress=Silent())
+    assert {row.method for row in told.rows} == {"base", "random", "gist", "turns", "sums"}
+    out = tmp_path / "alone"
+    for name, own in (("turns", "select.rule=round_robin"), ("sums", f"select={quota}")):
+        words = ["matrix=null", own, "select.budget=8", "tune.controls=[]"]
+        run = Run(load_recipe(folder / "recipe.yaml", words), out=out / name, tasks=["other"])
+        loss = run.answers()[SELECTED_ARM]["other"].answer_loss
+        assert (
+            next(row for row in told.rows if (row.method, row.task) == (name, "other")).answer_loss
+            == loss
+        )
 
 
 def test_a_forecast_prices_answers_written_and_text_read(

@@ -335,6 +335,29 @@ def test_changed_is_checked_like_a_file(tmp_path: Path) -> None:
             "would not be used",
         ),
         (["warmup.epochs=5"], "warmup.epochs=5", "past the end"),
+        (
+            ["matrix={methods: [{name: a, method: gist, select: {rule: topp}}]}"],
+            "methods",
+            '"topp" is no selection rule',
+        ),
+        (
+            ["matrix={methods: [{name: a, method: gist, select: {quotas: {x: [0.5, 0.1]}}}]}"],
+            "methods",
+            "the quota of",
+        ),
+        (
+            ["matrix={methods: [{name: a, method: full, select: {budget: 3}}]}"],
+            "methods",
+            "selects nothing",
+        ),
+        (
+            [
+                "matrix={methods: [gist], budgets: ['900 tokens']}",
+                "tune.reselect_every=0.5",
+            ],
+            "tune.reselect_every",
+            "another number of examples",
+        ),
         (["select.quotas.a=[0.5, 0.1]"], "select.quotas.a", "the quota of"),
         (["select.quotas={a: [0.6, 1], b: [0.6, 1]}"], "select.quotas", "more than 1"),
         (["matrix.methods=[gist]", "matrix.targets=[csqq]"], "matrix.targets", "is no target"),

@@ -81,7 +81,7 @@ def compare(
         rows = make_rows(
             cells,
             bases,
-            methods=[method.name for method in grid.methods],
+            references=grid.references,
             seeds=grid.matrix.seeds,
             n_boot=grid.recipe.evaluate.intervals,
         )

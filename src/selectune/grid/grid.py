@@ -48,7 +48,7 @@ from selectune.pipeline.reselection import Source
 from selectune.pipeline.scoring import evidence_steps, score_pool, shares_passes
 from selectune.pipeline.warmup import checkpoint_epochs, epochs_needed, epochs_run
 from selectune.progress import Progress
-from selectune.recipe import MatrixMethod, MatrixSection, Recipe, TuneSection
+from selectune.recipe import MatrixMethod, MatrixSection, Recipe, SelectChoice, TuneSection
 from selectune.recipe.methods import FULL
 from selectune.recipe.package import fitted
 from selectune.selection import Scores, Selection
@@ -93,7 +93,7 @@ class Grid:
         matrix = recipe.matrix
         self.recipe, self.matrix, self.out, self.progress = recipe, matrix, out, progress
         self.hands = hands or Alone()
-        self.methods = _methods(matrix)
+        self.methods = _methods(matrix, recipe.select.budget)
         self._grounds: dict[tuple[int, str], Ground] = {}
         self._settings: dict[tuple[str, Tasks], tuple[float, int]] = {}
         self.tried: list[dict[str, Any]] = []
@@ -133,11 +133,15 @@ class Grid:
         """
         own = _own(method)
         rows = [m for m in self.methods if _own(m) == own]
-        key = seed, "" if own == _own(None) else rows[0].name
+        alike = [m for m in rows if method is None or m.select == method.select]
+        is_plain = own == _own(None) and (method is None or method.select is None)
+        key = seed, "" if is_plain else alike[0].name
         if key not in self._grounds:
             recipe = self.recipe
             if method is not None and method.emulate is not None:
                 recipe = self.emulators.recipe(method)
+            if method is not None and method.select is not None:
+                recipe = recipe.model_copy(update={"select": method.select.over(recipe.select)})
             if method is not None and method.warmup is not None:
                 recipe = recipe.model_copy(update={"warmup": method.warmup})
             if method is not None and method.adapter is not None:
@@ -165,7 +169,9 @@ class Grid:
 
     def training_ground(self, seed: int, method: MatrixMethod) -> Ground:
         """Return where a row trains: not where its gradients are taken, if that is by itself."""
-        return self.ground(seed, None if method.adapter is not None else method)
+        if method.adapter is None:
+            return self.ground(seed, method)
+        return self.ground(seed)
 
     @property
     def costs(self) -> dict[str, Any]:
@@ -205,6 +211,17 @@ class Grid:
     def rows(self) -> list[tuple[Tasks, MatrixMethod]]:
         """Each method with the tasks that it is trained for together."""
         return list(itertools.product(self.groups, self.methods))
+
+    @property
+    def references(self) -> dict[str, str]:
+        """What each row is compared with: random at its budget."""
+        usual = self.recipe.select.budget
+        random = {
+            _budget(m, usual): m.name
+            for m in reversed(self.methods)
+            if m == _random(m.name, m.select)
+        }
+        return {m.name: random[_budget(m, usual)] for m in self.methods}
 
     @property
     def groups(self) -> list[Tasks]:
@@ -512,7 +529,7 @@ class Grid:
                 scoring=scoring,
                 methods=[method.name for method in self.methods],
                 seeds=self.matrix.seeds,
-                reference=RANDOM,
+                references=self.references,
                 n_boot=self.recipe.evaluate.intervals,
             )
         ]
@@ -568,7 +585,7 @@ class Grid:
         return text_rows(
             {method: list(found.values()) for method, found in self.read.items()},
             read_text(self.ground(self.matrix.seeds[0]), self._base),
-            reference=RANDOM,
+            references=self.references,
             n_boot=self.recipe.evaluate.intervals,
         )
 
@@ -593,14 +610,47 @@ def _hashed(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _methods(matrix: MatrixSection) -> list[MatrixMethod]:
-    methods = [
+def _random(name: str, select: SelectChoice | None) -> MatrixMethod:
+    return MatrixMethod(name=name, method=RANDOM, select=select)
+
+
+def _budget(method: MatrixMethod, usual: int | float | str) -> int | float | str:
+    own = None if method.select is None else method.select.budget
+    return usual if own is None or method.method == FULL else own
+
+
+def _methods(matrix: MatrixSection, usual: int | float | str) -> list[MatrixMethod]:
+    """Return the rows: each with every budget that the matrix names, and random beside each.
+
+    Args:
+        matrix: of a recipe.
+        usual: `select.budget`.
+    """
+    given = [
         m if isinstance(m, MatrixMethod) else MatrixMethod(name=m, method=m) for m in matrix.methods
     ]
+    methods: list[MatrixMethod] = []
+    for row in given:
+        is_random = row == _random(RANDOM, None)
+        if not matrix.budgets or is_random or row.method == FULL or _budget(row, "") != "":
+            methods.append(row)
+            continue
+        own = row.select or SelectChoice()
+        for budget in matrix.budgets:
+            select = own.model_copy(update={"budget": budget})
+            changes = {"name": f"{row.name}, {budget}", "select": select}
+            methods.append(row.model_copy(update=changes))
     if RANDOM not in [m.name for m in methods]:
-        methods.insert(0, MatrixMethod(name=RANDOM, method=RANDOM))
+        methods.insert(0, _random(RANDOM, None))
+    there = {_budget(m, usual) for m in methods if m == _random(m.name, m.select)}
+    place = [m.name for m in methods].index(RANDOM)
+    for budget in dict.fromkeys(_budget(m, usual) for m in methods):
+        if budget not in there:
+            place += 1
+            select = SelectChoice(budget=budget)
+            methods.insert(place, _random(f"{RANDOM}, {budget}", select))
     for method in methods:
-        is_plain = method == MatrixMethod(name=RANDOM, method=RANDOM)
+        is_plain = method == _random(RANDOM, None)
         if method.name == BASE or (method.name == RANDOM and not is_plain):
             raise ConfigError(
                 f'a row of the matrix is called "{method.name}"',

@@ -132,10 +132,8 @@ class _Plans:
     def __init__(self, ground: Ground, transfers: bool) -> None:
         self.ground, self.transfers = ground, transfers
         pool = ground.tokens.pool
-        budget = Budget.of(ground.recipe.select.budget, len(pool), int(pool.lengths.sum()))
-        mean = max(1.0, float(pool.lengths.mean()))
-        self.n_chosen = budget.examples or round((budget.tokens or 0) / mean)
-        self.pool_tokens = len(pool) * mean
+        self._mean = max(1.0, float(pool.lengths.mean()))
+        self.pool_tokens = len(pool) * self._mean
         self._outlines: dict[str, Outline] = {}
 
     def outline(self, tuning: TuneSection) -> Outline:
@@ -182,7 +180,8 @@ class _Plans:
             )
         )
         where = one.tasks if depends else ()
-        told = [one.method.method, dict(one.method.options), where, _own(one.method)]
+        select = None if one.method.select is None else one.method.select.model_dump()
+        told = [one.method.method, dict(one.method.options), where, _own(one.method), select]
         return json.dumps(told, sort_keys=True)
 
     def key(self, one: Work) -> str:
@@ -197,6 +196,13 @@ class _Plans:
         )
         return json.dumps([self.choice(one), told, one.seed])
 
+    def n_chosen(self, method: MatrixMethod) -> int:
+        """Return how many examples a row's budget keeps."""
+        pool, usual = self.ground.tokens.pool, self.ground.recipe.select
+        section = usual if method.select is None else method.select.over(usual)
+        budget = Budget.of(section.budget, len(pool), int(pool.lengths.sum()))
+        return budget.examples or round((budget.tokens or 0) / self._mean)
+
     def examples(self, one: Work) -> tuple[int, float]:
         """Return how many examples a training gets, and their tokens together."""
         prepared = self.ground.prepared
@@ -205,7 +211,7 @@ class _Plans:
             own = {e.source for task in one.tasks for e in prepared.targets[task]}
             ids = [i for i in ids if prepared.sources[i] in own]
         lengths = [len(self.ground.tokens.by_id[i].input_ids) for i in ids]
-        n = len(ids) if one.method.method == FULL else min(len(ids), self.n_chosen)
+        n = len(ids) if one.method.method == FULL else min(len(ids), self.n_chosen(one.method))
         return n, n * sum(lengths) / max(1, len(lengths))
 
     def training(self, one: Work) -> float:

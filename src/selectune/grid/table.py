@@ -258,16 +258,16 @@ def make_rows(
     cells: Cells,
     bases: Mapping[str, Evaluation],
     *,
-    methods: Sequence[str],
+    references: Mapping[str, str],
     seeds: Sequence[int],
     n_boot: int,
 ) -> tuple[Row, ...]:
     """Return the rows of a table, by task and then by method.
 
     Args:
-        cells: what was trained; `RANDOM` is among the methods.
+        cells: what was trained.
         bases: the base's answers, by task.
-        methods: in the table's order.
+        references: what each method is compared with, random at its budget; in the table's order.
         seeds: of the cells.
         n_boot: draws behind an interval.
     """
@@ -277,10 +277,11 @@ def make_rows(
     rows: list[Row] = []
     for name, tasks, base in groups:
         rows.append(_base_row(name, base))
-        for method in methods:
-            mine, random = (_answers(cells, tasks, m, seeds) for m in (method, RANDOM))
-            row = _row(name, method, mine, random, base, n_boot)
-            rows.append(_with_facts(row, cells, tasks, seeds))
+        for method, random in references.items():
+            mine = _answers(cells, tasks, method, seeds)
+            usual = None if method == random else _answers(cells, tasks, random, seeds)
+            row = _row(name, method, mine, usual, base, n_boot)
+            rows.append(_with_facts(row, cells, random, tasks, seeds))
     return tuple(_with_wins(row, rows) for row in rows)
 
 
@@ -303,10 +304,12 @@ def _answers(
     return [together({t: cells[t, method, seed].answers for t in tasks}) for seed in seeds]
 
 
-def _with_facts(row: Row, cells: Cells, tasks: Sequence[str], seeds: Sequence[int]) -> Row:
+def _with_facts(
+    row: Row, cells: Cells, reference: str, tasks: Sequence[str], seeds: Sequence[int]
+) -> Row:
     """Return a row with what was trained and at what price, where its tasks agree on it."""
     mine = [cells[task, row.method, seed] for task in tasks for seed in seeds]
-    random = [cells[task, RANDOM, seed] for task in tasks for seed in seeds]
+    random = [cells[task, reference, seed] for task in tasks for seed in seeds]
     # Of the first seed: how many examples a budget buys may differ by seed.
     first = [cells[task, row.method, seeds[0]] for task in tasks]
     rates, epochs = {c.learning_rate for c in first}, {c.epochs for c in first}
@@ -340,7 +343,7 @@ def _row(
     task: str,
     name: str,
     mine: Sequence[Evaluation],
-    random: Sequence[Evaluation],
+    random: Sequence[Evaluation] | None,
     base: Evaluation,
     n_boot: int,
 ) -> Row:
@@ -358,9 +361,9 @@ def _row(
         answer_loss=float(np.mean(losses)),
         accuracy=float(np.mean([a for a in accuracies if a is not None])) if has_options else None,
         precision=None,
-        loss_vs_random=None if name == RANDOM else against(random, "answer_loss"),
+        loss_vs_random=None if random is None else against(random, "answer_loss"),
         accuracy_vs_random=against(random, "correct_norm")
-        if has_options and name != RANDOM
+        if has_options and random is not None
         else None,
         loss_vs_base=against([base] * len(mine), "answer_loss"),
         learning_rate=None,

@@ -32,7 +32,11 @@ class TextRow:
 
 
 def text_rows(
-    losses: Mapping[str, Sequence[GenericLoss]], base: GenericLoss, *, reference: str, n_boot: int
+    losses: Mapping[str, Sequence[GenericLoss]],
+    base: GenericLoss,
+    *,
+    references: Mapping[str, str],
+    n_boot: int,
 ) -> list[TextRow]:
     """Return the rows of the table, the base first.
 
@@ -41,19 +45,21 @@ def text_rows(
     Args:
         losses: of every model, by method in the table's order.
         base: of the untouched base.
-        reference: the method that the others are compared with.
+        references: the method that each is compared with; itself for none.
         n_boot: draws behind an interval.
     """
     means = {method: mean_loss(found) for method, found in losses.items()}
     rows = [TextRow("base", base.nats_per_token)]
     for method, mine in means.items():
-        is_reference = method == reference
+        is_reference = method == references[method]
         rows.append(
             TextRow(
                 method,
                 mine.nats_per_token,
                 compare_generic(mine, base, n_boot=n_boot),
-                None if is_reference else compare_generic(mine, means[reference], n_boot=n_boot),
+                None
+                if is_reference
+                else compare_generic(mine, means[references[method]], n_boot=n_boot),
             )
         )
     return rows

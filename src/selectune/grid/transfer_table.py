@@ -58,7 +58,7 @@ def transfer_rows(
     scoring: Scoring,
     methods: Sequence[str],
     seeds: Sequence[int],
-    reference: str,
+    references: Mapping[str, str],
     n_boot: int,
 ) -> list[TransferRow]:
     """Return the rows of the table, in the order of the methods.
@@ -69,7 +69,7 @@ def transfer_rows(
         scoring: how answers were judged.
         methods: in the table's order.
         seeds: of the models.
-        reference: the method that the others are compared with.
+        references: the method that each is compared with; itself for none.
         n_boot: draws behind an interval.
 
     Raises:
@@ -91,8 +91,8 @@ def transfer_rows(
             method,
             transfer(found, n_boot=n_boot),
             None
-            if method == reference
-            else compare_transfer(found, made[reference], n_boot=n_boot),
+            if method == references[method]
+            else compare_transfer(found, made[references[method]], n_boot=n_boot),
         )
         for method, found in made.items()
     ]

@@ -1,6 +1,7 @@
 """What each key of a recipe allows but the keys together do not."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from selectune.errors import ConfigError, nearest
 from selectune.recipe import words
@@ -60,13 +61,14 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 "weights names single weights of the base, and adapter.kind full trains all",
                 "remove one of the two",
             )
-        if section.reselect_every is not None and isinstance(recipe.select.budget, str):
+        budget = next((b for b in _budgets(recipe, path) if isinstance(b, str)), None)
+        if section.reselect_every is not None and budget is not None:
             add(
                 (*path, "reselect_every"),
                 "a new selection would have another number of examples",
-                f"select.budget is {recipe.select.budget}, and one learning-rate schedule "
-                "needs as many steps in each epoch",
-                "give select.budget as a share or a count, or remove reselect_every",
+                f"the budget is {budget}, and one learning-rate schedule needs as many steps in "
+                "each epoch",
+                "give the budget as a share or a count, or remove reselect_every",
             )
         chosen = section.weights
         if chosen is None or chosen.form != "compose":
@@ -144,21 +146,22 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             f"data.max_length is {recipe.data.max_length}, and the rest is cut off before",
             "lower score.max_length, or remove it",
         )
-    for source, (least, most) in recipe.select.quotas.items():
-        if not 0 <= least <= most <= 1:
+    for path, quotas in _quotas(recipe):
+        for source, (least, most) in quotas.items():
+            if not 0 <= least <= most <= 1:
+                add(
+                    (*path, source),
+                    f'the quota of "{source}" cannot be [{least}, {most}]',
+                    "a quota is [least, most], as shares of the selection: 0 <= least <= most <= 1",
+                    f"for example {source}: [0.1, 0.5]",
+                )
+        if sum(least for least, _ in quotas.values()) > 1 + 1e-9:
             add(
-                ("select", "quotas", source),
-                f'the quota of "{source}" cannot be [{least}, {most}]',
-                "a quota is [least, most], as shares of the selection: 0 <= least <= most <= 1",
-                f"for example {source}: [0.1, 0.5]",
+                path,
+                "the least shares of select.quotas sum to more than 1",
+                "they are shares of one selection",
+                "lower some of them",
             )
-    if sum(least for least, _ in recipe.select.quotas.values()) > 1 + 1e-9:
-        add(
-            ("select", "quotas"),
-            "the least shares of select.quotas sum to more than 1",
-            "they are shares of one selection",
-            "lower some of them",
-        )
     is_plain = (
         recipe.tune.method == PLAIN
         and recipe.tune.tokens is None
@@ -194,14 +197,21 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 "transfer is measured on the tasks that a model was not trained on",
                 "write data.target as a mapping of names to files, two or more",
             )
-        if recipe.select.quotas:
+        for path, _ in _quotas(recipe):
             add(
-                ("select", "quotas"),
+                path,
                 "the quotas would not be used",
                 "matrix.transfer takes every selection from one task's own examples",
-                "remove select.quotas, or remove matrix.transfer",
+                "remove the quotas, or remove matrix.transfer",
             )
     for i, row in enumerate(matrix.methods if matrix else ()):
+        if not isinstance(row, str) and row.select is not None and row.method == FULL:
+            add(
+                ("matrix", "methods", i, "select"),
+                f'the row "{row.name}" selects nothing',
+                f"{FULL} is the whole pool",
+                "remove select from the row",
+            )
         if isinstance(row, str) or row.emulate is None:
             continue
         for key, why in _NO_PLAIN_MODEL.items():
@@ -246,6 +256,28 @@ def uncomposed(route: str, decay_to: str | None) -> list[tuple[str, str, str]]:
         why = "chosen channels are multiplied entry by entry there"
         found.append(("route", route, why))
     return found
+
+
+def _quotas(recipe: "Recipe") -> list[tuple[words.Path, Mapping[str, tuple[float, float]]]]:
+    """Return the quotas that are given, by their place."""
+    found: list[tuple[words.Path, Mapping[str, tuple[float, float]]]] = []
+    if recipe.select.quotas:
+        found.append((("select", "quotas"), recipe.select.quotas))
+    for i, row in enumerate(recipe.matrix.methods if recipe.matrix else ()):
+        if not isinstance(row, str) and row.select is not None and row.select.quotas:
+            found.append((("matrix", "methods", i, "select", "quotas"), row.select.quotas))
+    return found
+
+
+def _budgets(recipe: "Recipe", training: words.Path) -> list[Any]:
+    """Return the budgets of what is trained as a section says that stands at a place."""
+    matrix = recipe.matrix
+    if matrix is None:
+        return [recipe.select.budget]
+    rows = matrix.methods if training == ("tune",) else [matrix.methods[int(training[2])]]
+    own = [None if isinstance(row, str) or not row.select else row.select.budget for row in rows]
+    shared = matrix.budgets or [recipe.select.budget]
+    return [b for one in own for b in (shared if one is None else [one])]
 
 
 def _trainings(recipe: "Recipe") -> list[tuple[words.Path, TuneSection | TuneChoice]]:

@@ -29,10 +29,7 @@ def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
     """Return the method names and options that the registry does not know."""
     matrix = recipe.matrix.methods if recipe.matrix else ()
     found = _scorer(("score", "method"), recipe.score.method, recipe.score.options, tree)
-    try:
-        registry.get("selection_rule", recipe.select.rule, where=tree.where(("select", "rule")))
-    except ConfigError as error:
-        found.append(error)
+    found += _rule(("select", "rule"), recipe.select.rule, tree)
     for i, name in enumerate(recipe.tune.controls):
         if name != PLAIN:
             found += _scorer(("tune", "controls", i), name, None, tree)
@@ -43,6 +40,8 @@ def unknown_methods(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             found += _scorer(path, row, None, tree)
             continue
         found += _scorer((*path, "method"), row.method, row.options, tree)
+        if row.select is not None and row.select.rule is not None:
+            found += _rule((*path, "select", "rule"), row.select.rule, tree)
         if row.tune is not None:
             found += _training((*path, "tune"), row.tune, tree)
         if row.emulate is not None:
@@ -78,6 +77,14 @@ def _unused_adapters(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             if holds
         ]
     return found
+
+
+def _rule(path: words.Path, name: str, tree: Tree) -> list[ConfigError]:
+    try:
+        registry.get("selection_rule", name, where=tree.where(path))
+    except ConfigError as error:
+        return [error]
+    return []
 
 
 def _unused_economy(recipe: "Recipe", tree: Tree) -> list[ConfigError]:

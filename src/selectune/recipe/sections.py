@@ -475,12 +475,39 @@ class TuneChoice(Section):
         return tune.model_copy(update=changes)
 
 
+class SelectChoice(Section):
+    """How one row of a comparison selects, where not as the others."""
+
+    rule: Text | None = Field(default=None, description="selection rule; null: select.rule")
+    budget: Count | Share | TokenCount | None = Field(
+        default=None,
+        description="how much this row keeps; random at the same budget stands beside, and is what "
+        "the row is compared with; null: select.budget",
+    )
+    quotas: dict[str, tuple[float, float]] | None = Field(
+        default=None, description="source: [least, most]; null: select.quotas"
+    )
+    near_duplicates: Share | None = Field(
+        default=None, description="as in select; null: select.near_duplicates"
+    )
+
+    def over(self, select: SelectSection) -> SelectSection:
+        """Return how the row selects, where a recipe's other rows select like `select`."""
+        own = self.model_dump(exclude_none=True)
+        return SelectSection.model_validate({**select.model_dump(), **own})
+
+
 class MatrixMethod(Section):
     """One row of a comparison, with options of its own."""
 
     name: Text = Field(description="what the table calls it")
     method: Text = Field(description="scorer; `selectune methods` lists them")
     options: dict[str, Any] = Field(default={}, description="options of the scorer")
+    select: SelectChoice | None = Field(
+        default=None,
+        exclude_if=_is_null,
+        description="how this row alone selects; null: as in the section select",
+    )
     epochs: Count | None = Field(
         default=None,
         description="epochs of this method alone, such as 1 for full; null: as the others",
@@ -526,6 +553,12 @@ class MatrixSection(Section):
 
     methods: Annotated[list[Text | MatrixMethod], Field(min_length=1)] = Field(
         description="scorers, or {name, method, options}; full is the whole pool"
+    )
+    budgets: list[Count | Share | TokenCount] = Field(
+        default=[],
+        exclude_if=_is_empty,
+        description="every row once with each of these, beside random at the same; empty: each row "
+        "once, with select.budget or its own",
     )
     targets: list[Text] = Field(default=[], description="names in data.target; empty: all of them")
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(

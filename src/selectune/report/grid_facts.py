@@ -141,4 +141,5 @@ class GridFacts:
     @property
     def rivals(self) -> list[str]:
         """The methods that are compared with random."""
-        return [method for method in self.methods if method != RANDOM]
+        found = {cell.method for cell in self.cells if cell.against_random is not None}
+        return [method for method in self.methods if method in found]
