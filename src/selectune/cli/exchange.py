@@ -63,7 +63,10 @@ def scores(
     pool: Annotated[
         str | None,
         typer.Option(
-            metavar="DATA", help="What bergson read: it lends the ids.", show_default=False
+            metavar="DATA",
+            help="For bergson folders: the data set that bergson read, in its order; ids come from "
+            "it.",
+            show_default=False,
         ),
     ] = None,
     query: Annotated[

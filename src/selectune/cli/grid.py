@@ -42,7 +42,10 @@ def compare(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Run a matrix of methods, targets and seeds."""
+    """Run a matrix of methods, targets and seeds.
+
+    RECIPE has a section `matrix`; what may stand there: selectune methods --keys.
+    """
     from selectune.recipe import load_recipe
 
     path = need_recipe(recipe, "compare")

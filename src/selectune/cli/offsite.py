@@ -75,7 +75,11 @@ def emulate(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Make a package that others can tune without having the model."""
+    """Make a package that others can tune without having the model.
+
+    RECIPE is an owner's: the sections model and emulate, no data. Writes package/, to hand out, and
+    owner/, to keep, into its output.
+    """
     from selectune.recipe import load_owner_recipe
 
     loaded = load_owner_recipe(need_recipe(recipe, "emulate"), overrides or ())

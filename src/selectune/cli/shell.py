@@ -36,7 +36,8 @@ AllowOption = Annotated[
     str,
     typer.Option(
         metavar="KEY[,KEY...]",
-        help="Keys or sections that may differ from the run already there; data: changed files.",
+        help="What may differ from the run already there: keys or sections of the recipe, data "
+        "(the files too), adapter_files, score_file, precision, libraries.",
         show_default=False,
     ),
 ]

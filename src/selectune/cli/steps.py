@@ -119,7 +119,10 @@ def tokens(
     overrides: OverridesArgument = None,
     form: Annotated[
         TokenForm,
-        typer.Option(help="By whose loss asks for the target's direction, or by where it is met."),
+        typer.Option(
+            help="loss: credit the token whose own loss term gives the gradient; position: credit "
+            "the position at which that gradient reaches the weights."
+        ),
     ] = TokenForm.loss,
     ids: Annotated[
         str,
@@ -152,7 +155,7 @@ def tune(
 ) -> None:
     """Tune an adapter on the choice and one per control.
 
-    RECIPE may stand behind the folder of a package, which then is model.base.
+    `selectune tune PACKAGE RECIPE`: the package replaces model.base.
     """
     recipe, overrides = offsite.with_package(recipe, overrides, "tune")
     _step("tune", lambda run: run.tune(), recipe, overrides, allow, as_json, quiet)
@@ -171,8 +174,8 @@ def evaluate(
 ) -> None:
     """Compare adapters and base on held-out examples.
 
-    With --plugged, what offsite tuning won. RECIPE may stand behind the folder of a package, which
-    then is model.base.
+    `selectune evaluate PACKAGE RECIPE`: the package replaces model.base. With --plugged, what
+    offsite tuning won.
     """
     recipe, overrides = offsite.with_package(recipe, overrides, "evaluate")
     if plugged is not None or original is not None or openly is not None:

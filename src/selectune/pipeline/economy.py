@@ -56,13 +56,14 @@ class Economy:
         return choose_precision(self.precision, base.device)
 
 
-# Where a cheaper pass starts to rank otherwise: the table of benchmarks/fast.py in PAPERS.md. Where
-# few examples are long, the length saves; fewer layers lose the ranks before they save as much.
+# What `fast` sets, from the table of benchmarks/fast.py in PAPERS.md. bfloat16 keeps the ranks, a
+# length loses them gradually, without a sharp knee: 90 % is the mildest that saves time at all.
+# Where few examples are long it saves more; fewer layers lose the ranks before they save as much.
 KNEE: Mapping[str, Any] = {"max_length": "90%", "precision": "auto"}
 
 
 def economy_of(section: ScoreSection, lengths: Int[np.ndarray, " n"]) -> Economy:
-    """Return what a recipe leaves out: what it says, and the knee's where `fast` is on.
+    """Return what a recipe leaves out: what it says, and KNEE's where `fast` is on.
 
     Args:
         section: of the recipe.
