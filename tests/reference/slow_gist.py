@@ -70,6 +70,27 @@ def slow_rank_by_gap(singular: np.ndarray) -> int:
     return best
 
 
+def slow_rank_left_out(targets: np.ndarray) -> int:
+    """Return the smallest rank within a standard error of the best at holding a target left out."""
+    m = len(targets)
+    shares: list[list[float]] = []
+    for j in range(m):
+        v = targets[j].astype(np.float64)
+        others = np.stack([targets[i] for i in range(m) if i != j]).astype(np.float64)
+        P, singular, _ = np.linalg.svd(others.T, full_matrices=False)
+        n_sound = sum(s > 1e-4 * singular[0] for s in singular)
+        held: list[float] = []
+        for r in range(1, m):
+            inside = [float(P[:, k] @ v) ** 2 for k in range(min(r, n_sound))]
+            held.append(sum(inside) / float(v @ v))
+        shares.append(held)
+    means = [sum(held[k] for held in shares) / m for k in range(m - 1)]
+    best = max(range(m - 1), key=lambda k: means[k])
+    variance = sum((held[best] - means[best]) ** 2 for held in shares) / (m - 1)
+    error = math.sqrt(variance / m)
+    return next(k + 1 for k in range(m - 1) if means[k] >= means[best] - error)
+
+
 def slow_rank_by_split(targets: np.ndarray, ids: list[str], share: float, seed: int) -> int:
     """Return the smallest rank with a share of what one half holds of the other, on average."""
 

@@ -1,5 +1,7 @@
 """Choosing anew while training, as one plain loop over steps; gradients one example at a time."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from loops import loop_gradients
@@ -8,14 +10,26 @@ from torch import nn
 from transformers import get_scheduler
 
 from selectune.data import Tokens, collate
+from selectune.data.tokens import clipped
 from selectune.recipe import TuneSection
 from selectune.training.order import EpochBatches
 
 
-def flat(model: nn.Module, examples: list[Tokens]) -> np.ndarray:
-    """Return one row of all trainable gradients per example."""
-    columns = loop_gradients(model, examples).values()
-    return torch.cat([c.flatten(1) for c in columns], 1).numpy()
+def flat(
+    model: nn.Module, examples: list[Tokens], *, within: str = "", max_length: int | None = None
+) -> np.ndarray:
+    """Return one row of all trainable gradients per example.
+
+    Args:
+        model: with what trains.
+        examples: the rows.
+        within: part of the names of the parameters that count.
+        max_length: tokens that are read of an example.
+    """
+    if max_length is not None:
+        examples = [clipped(t, max_length) for t in examples]
+    found = loop_gradients(model, examples).items()
+    return torch.cat([c.flatten(1) for name, c in found if within in name], 1).numpy()
 
 
 def slow_reselection(
@@ -28,6 +42,7 @@ def slow_reselection(
     n: int,
     after: list[int],
     seed: int,
+    look: Callable[[nn.Module, list[Tokens]], np.ndarray] = flat,
 ) -> tuple[list[float], list[list[str]]]:
     """Train in place; return the loss of every step, and every selection, best first.
 
@@ -40,6 +55,7 @@ def slow_reselection(
         n: examples to choose.
         after: steps after which to choose anew.
         seed: of the order.
+        look: returns the gradients that are compared, one row per example.
     """
     ranking = sorted(scores, key=lambda i: (-scores[i], i))
     shortlist = [t for t in pool if t.id in ranking[: 4 * n]]
@@ -53,7 +69,7 @@ def slow_reselection(
     losses: list[float] = []
     for step in range(n_steps):
         if step in after:
-            found, _, _ = slow_gist(flat(model, shortlist), flat(model, targets))
+            found, _, _ = slow_gist(look(model, shortlist), look(model, targets))
             now = dict(zip([t.id for t in shortlist], found, strict=True))
             chosen.append(sorted(now, key=lambda i: (-now[i], i))[:n])
         items = [t for t in pool if t.id in chosen[-1]]

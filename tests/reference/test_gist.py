@@ -1,6 +1,7 @@
 """GIST equals its twin, on synthetic gradients and on real ones of tiny models."""
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,7 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import loop_gradients
-from slow_gist import slow_gist, slow_overlap, slow_rank_by_gap, slow_rank_by_split
+from slow_gist import (
+    slow_gist,
+    slow_overlap,
+    slow_rank_by_gap,
+    slow_rank_by_split,
+    slow_rank_left_out,
+)
 from tiny import tiny_tokens, tiny_trainable
 
 from selectune.data import Tokens
@@ -17,6 +24,7 @@ from selectune.gradients.engine import GradientEngine
 from selectune.gradients.facts import GradientFacts
 from selectune.gradients.store import GradientStore, StoredPool, Target
 from selectune.gradients.subspace import (
+    Spectrum,
     overlap,
     rank_by_energy,
     rank_by_gap,
@@ -24,11 +32,12 @@ from selectune.gradients.subspace import (
     rank_left_out,
     spectrum,
 )
-from selectune.methods.data.gist import GistOptions
+from selectune.methods.data.gist import Aggregate, GistOptions
 from selectune.methods.data.gist import score as gist
 from selectune.methods.evidence import Evidence
 from selectune.progress import Silent
 from selectune.registry import get
+from selectune.selection import Scores
 
 
 def facts_of(pool: np.ndarray, targets: np.ndarray, groups: list[str] | None = None) -> Evidence:
@@ -73,6 +82,67 @@ def test_subtask_means_equal_the_release() -> None:
     scores = gist(facts_of(pool, targets, groups), options)
     expected, _, _ = slow_gist(pool, targets, rank=4, subtasks=groups)
     np.testing.assert_allclose(scores.score, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.8, 0.95])
+def test_normalised_targets_equal_the_twin_over_unit_gradients(share: float, seed: int) -> None:
+    pool, targets = synthetic(seed=seed)
+    targets[:2] *= 8.0  # short answers that would own the space
+    evidence = facts_of(pool, targets)
+    scores = gist(evidence, GistOptions(rank=f"energy:{share}", normalize_targets=True))
+    unit = targets / np.linalg.norm(targets, axis=1, keepdims=True)
+    expected, energy, rank = slow_gist(pool, unit, share=share)
+    np.testing.assert_allclose(scores.score, expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(scores.columns["energy"], energy, rtol=1e-5)
+    assert scores.about["rank"] == rank
+    # The report warns of lengths as they are.
+    lengths = np.linalg.norm(targets, axis=1)
+    np.testing.assert_allclose(scores.about["target_norms"], lengths, rtol=1e-6)
+    # Lengths of targets decide nothing any more.
+    longer = gist(
+        facts_of(pool, targets * np.arange(1.0, 10.0)[:, None]),
+        GistOptions(rank=f"energy:{share}", normalize_targets=True),
+    )
+    np.testing.assert_allclose(longer.score, scores.score, rtol=1e-6, atol=1e-9)
+    assert rank_by_energy(spectrum(targets @ targets.T), share) < rank
+
+
+def test_a_target_without_gradient_stays_without_when_targets_are_normalised() -> None:
+    pool, targets = synthetic()
+    options = GistOptions(normalize_targets=True)
+    without = gist(facts_of(pool, targets), options)
+    nothing = np.zeros((1, targets.shape[1]))
+    scores = gist(facts_of(pool, np.concatenate([targets, nothing])), options)
+    np.testing.assert_allclose(scores.score, without.score, rtol=1e-6, atol=1e-9)
+    assert (scores.columns["to:t9"] == 0).all()
+
+
+@pytest.mark.parametrize("is_unit", [False, True])
+def test_hand_examples_tell_the_columns_of_subtasks(is_unit: bool) -> None:
+    targets = np.array([[3.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    pool = np.array([[1.0, 0.0], [1.0, 1.0]])
+    options = GistOptions(rank="full", aggregate="per_subtask", normalize_targets=is_unit)
+    scores = gist(facts_of(pool, targets, ["b", "b", "a"]), options)
+    # The mean of b is (1.5, 0.5); that of its unit gradients is (0.5, 0.5).
+    expected = [1 / np.sqrt(2), 1.0] if is_unit else [1.5 / np.sqrt(2.5), 2 / np.sqrt(5)]
+    np.testing.assert_allclose(scores.columns["subtask:b"], expected)
+    np.testing.assert_allclose(scores.columns["subtask:a"], [1 / np.sqrt(2), 1.0])
+    np.testing.assert_allclose(scores.score, [expected[0], 1.0])
+    assert [n for n in scores.columns if n.startswith("subtask:")] == ["subtask:a", "subtask:b"]
+
+
+def test_per_subtask_is_the_best_subtask_mean_with_columns_beside_it() -> None:
+    pool, targets = synthetic()
+    groups = ["a", "b", "b", "a", "c", "c", "a", "b", "c"]
+    evidence = facts_of(pool, targets, groups)
+    best = gist(evidence, GistOptions(aggregate="max_subtask_mean", rank=4))
+    each = gist(evidence, GistOptions(aggregate="per_subtask", rank=4))
+    columns = np.stack([each.columns[f"subtask:{name}"] for name in "abc"])
+    np.testing.assert_array_equal(each.score, best.score)
+    np.testing.assert_array_equal(each.score, columns.max(0))
+    assert len(set(columns.argmax(0))) == 3
+    assert not any(name.startswith("subtask:") for name in best.columns)
 
 
 def test_hand_examples_separate_the_aggregates() -> None:
@@ -130,6 +200,37 @@ def test_order_of_targets_and_pool_changes_nothing(js: list[int], ns: list[int])
     np.testing.assert_allclose(before[ns], after, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("aggregate", get_args(Aggregate))
+@pytest.mark.parametrize(("rank", "is_whole"), [(3, True), (6, True), (2, False), (4, False)])
+def test_rotations_inside_equal_eigenvalues_change_nothing_where_the_rank_cuts_none(
+    monkeypatch: pytest.MonkeyPatch, aggregate: Aggregate, rank: int, is_whole: bool
+) -> None:
+    rng = np.random.default_rng(0)
+
+    def orthogonal(n: int) -> np.ndarray:
+        return np.linalg.qr(rng.normal(size=(n, n)))[0]
+
+    # Singular values 3, then 2 twice, then 1 three times.
+    s, U = np.array([3.0, 2.0, 2.0, 1.0, 1.0, 1.0]), orthogonal(6)
+    pool, targets = rng.normal(size=(30, 40)), (U * s) @ np.linalg.qr(rng.normal(size=(40, 6)))[0].T
+    evidence = facts_of(pool, targets, ["a", "a", "b", "b", "c", "c"])
+    options = GistOptions(rank=rank, aggregate=aggregate)
+
+    def found(turned: np.ndarray) -> Scores:
+        monkeypatch.setattr("selectune.methods.data.gist.spectrum", lambda _: Spectrum(turned, s))
+        return gist(evidence, options)
+
+    before = found(U)
+    flipped = found(U * np.array([-1.0, 1.0, -1.0, 1.0, -1.0, 1.0]))
+    rotated = found(
+        np.concatenate([U[:, :1], U[:, 1:3] @ orthogonal(2), U[:, 3:] @ orthogonal(3)], 1)
+    )
+    for others, is_same in ((flipped, True), (rotated, is_whole)):
+        gaps = [np.abs(others.score - before.score).max()]
+        gaps += [np.abs(others.columns[n] - column).max() for n, column in before.columns.items()]
+        assert (max(gaps) < 1e-9) == is_same
+
+
 @pytest.mark.parametrize("m", [1, 2])
 def test_rank_one_is_refused_unless_energy_is_multiplied(m: int) -> None:
     pool, targets = synthetic(m=m)
@@ -140,22 +241,16 @@ def test_rank_one_is_refused_unless_energy_is_multiplied(m: int) -> None:
     assert len(np.unique(np.round(scores.score, 9))) > 2
 
 
-def test_gate_sends_examples_without_energy_to_the_end() -> None:
+def test_gate_sends_examples_without_energy_to_the_end_and_leaves_the_others() -> None:
     pool, targets = synthetic()
     evidence = facts_of(pool, targets)
-    energy = gist(evidence, GistOptions()).columns["energy"]
-    gate = float(np.sort(energy)[10])
+    plain = gist(evidence, GistOptions())
+    is_low = plain.columns["energy"] < 0.3
+    assert 0 < is_low.sum() < len(pool)
     gated = gist(evidence, GistOptions(energy="gate:0.3"))
-    assert (gated.score[energy < 0.3] == -1).all()
-    assert (gated.score[energy >= 0.3] > -1).any()
-    assert 0 < gate < 1
-
-
-def test_leaving_targets_out_finds_the_true_rank() -> None:
-    rng = np.random.default_rng(1)
-    basis = rng.normal(size=(12, 4000))
-    targets = rng.normal(size=(57, 12)) @ basis + 1.0 * rng.normal(size=(57, 4000))
-    assert rank_left_out(targets @ targets.T) == 12
+    np.testing.assert_array_equal(gated.score, np.where(is_low, -1.0, plain.score))
+    lowest = {evidence.ids[n] for n in np.flatnonzero(is_low)}
+    assert set(gated.ranking()[-len(lowest) :]) == lowest
 
 
 def noisy(noise: float, seed: int = 1, n_true: int = 12, m: int = 57) -> np.ndarray:
@@ -163,6 +258,23 @@ def noisy(noise: float, seed: int = 1, n_true: int = 12, m: int = 57) -> np.ndar
     rng = np.random.default_rng(seed)
     basis = rng.normal(size=(n_true, 4000))
     return rng.normal(size=(m, n_true)) @ basis + noise * rng.normal(size=(m, 4000))
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
+def test_leaving_targets_out_finds_the_true_rank_and_equals_the_twin(noise: float) -> None:
+    targets = noisy(noise)
+    assert rank_left_out(targets @ targets.T) == slow_rank_left_out(targets) == 12
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("m", [3, 4, 5, 9, 14])
+def test_leaving_targets_out_of_few_equals_the_twin(m: int, seed: int) -> None:
+    pool, targets = synthetic(m=m, seed=seed)
+    targets[1] = 2.0 * targets[0]  # one direction fewer than targets
+    rank = slow_rank_left_out(targets)
+    assert rank_left_out(targets @ targets.T) == rank
+    if rank > 1:
+        assert gist(facts_of(pool, targets), GistOptions(rank="loo")).about["rank"] == rank
 
 
 @pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])

@@ -1,7 +1,9 @@
 """Scores from a finished gradient pass alone equal those of a run that makes it."""
 
 import json
+import random
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,9 +11,12 @@ import pytest
 
 import selectune
 from selectune.errors import ConfigError
+from selectune.methods.data.gist import Aggregate
 from selectune.pipeline.run import Run
+from selectune.pipeline.scoring import score_pool
 from selectune.recipe import load_recipe
 from small_run import small_recipe
+from workspace import question, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +40,47 @@ def test_rescoring_equals_the_run(folder: Path, method: str) -> None:
         found = selectune.rescore(method, folder / place, task="colours")
         assert found.score.tobytes() == expected.tobytes()
         assert found.method == method
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run for two tasks, the targets of one of them in three subtasks; and one for that alone."""
+    folder = tmp_path_factory.mktemp("mixed")
+    path, rng = small_recipe(folder), random.Random(5)
+    kinds = ("sums", "colours", "words")
+    rows = [{**question(kinds[k % 3], rng), "group": kinds[k % 3]} for k in range(12)]
+    write_jsonl(folder / "mixed.jsonl", rows)
+    text, alone = path.read_text(), f"{{colours: {folder}/target.jsonl}}"
+    for name, targets, more in (
+        ("both", f"{{colours: {folder}/target.jsonl, mixed: {folder}/mixed.jsonl}}", []),
+        ("alone", f"{{mixed: {folder}/mixed.jsonl}}", ["score.shard_examples=100"]),
+    ):
+        known = text.replace(alone, targets, 1).replace("heldout: {colours", "heldout: {mixed")
+        path.write_text(known)
+        Run(load_recipe(path, more), out=folder / name).score()
+    return folder
+
+
+@pytest.mark.parametrize("aggregate", get_args(Aggregate))
+def test_rescoring_equals_scoring_anew_for_every_rank_and_aggregate(
+    mixed: Path, aggregate: Aggregate
+) -> None:
+    recipe = load_recipe(mixed / "recipe.yaml", ["score.shard_examples=100"])  # of "alone"
+    ground = Run(recipe, out=mixed / "alone").ground
+    seen: set[tuple[int, bytes]] = set()
+    for rank in (2, 5, "energy:0.8", "energy:0.95", "full", "loo", "gap", "split:0.9"):
+        for energy in ("report", "multiply"):
+            options = {"rank": rank, "aggregate": aggregate, "energy": energy}
+            anew = score_pool(ground, "gist", options)
+            found = selectune.rescore("gist", mixed / "both", task="mixed", **options)
+            assert found.ids == anew.ids
+            assert found.about["rank"] == anew.about["tasks"]["mixed"]["rank"]
+            assert found.columns.keys() == anew.columns.keys()
+            np.testing.assert_allclose(found.score, anew.score, rtol=1e-4, atol=1e-5)
+            for name, column in anew.columns.items():
+                np.testing.assert_allclose(found.columns[name], column, rtol=1e-4, atol=1e-5)
+            seen.add((found.about["rank"], found.score.tobytes()))
+    assert len(seen) >= 8  # the options decide
 
 
 def test_new_groups_equal_a_run_whose_targets_have_them(folder: Path) -> None:

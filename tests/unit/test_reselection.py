@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from slow_reselection import slow_reselection
+from slow_reselection import flat, slow_reselection
+from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
 from selectune.adapters import add_adapter
 from selectune.errors import ConfigError
+from selectune.gradients.engine import GradientEngine
 from selectune.grid.compare import compare
+from selectune.pipeline import scoring
 from selectune.pipeline.reselection import n_rescored, refresh_steps
 from selectune.pipeline.run import Run
 from selectune.progress import Silent
@@ -82,6 +87,72 @@ def test_it_equals_the_twin(tmp_path: Path, trainer: str) -> None:
     assert not list(folder.glob("phase-*"))  # what only served to go on
     run.report()
     assert "after step 2, " in (tmp_path / "run/report.html").read_text()
+
+
+def test_what_makes_scoring_cheaper_makes_choosing_anew_as_cheap(tmp_path: Path) -> None:
+    changes = ["tune.reselect_every=0.5", "score.layers=top:1", "score.max_length=30"]
+    run = made(small_recipe(tmp_path), *changes)
+    run.tune()
+    table = pq.read_table(tmp_path / "run/scores.parquet")
+    scores = dict(zip(table["id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    recipe, tokens = run.recipe, run.ground.tokens
+
+    def twin(look: Callable[..., np.ndarray]) -> tuple[list[float], list[list[str]]]:
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+        return slow_reselection(
+            add_adapter(model, recipe.adapter, seed=recipe.seed), list(tokens.pool),
+            list(tokens.targets["colours"]), scores, recipe.tune,
+            n=9, after=[3], seed=recipe.seed, look=look,
+        )  # fmt: skip
+
+    losses, chosen = twin(partial(flat, within=".layers.1.", max_length=30))
+    found = json.loads((tmp_path / "run/phases/selected/refresh-1/chosen.json").read_text())
+    assert found == chosen[1]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    np.testing.assert_allclose([json.loads(line)["loss"] for line in lines], losses, rtol=1e-4)
+    # Each of the two alone, and none, would choose otherwise.
+    for others in ({}, {"within": ".layers.1."}, {"max_length": 30}):
+        assert twin(partial(flat, **others))[1][1] != found
+
+
+def test_choosing_anew_takes_gradients_in_the_precision_of_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    class Told(GradientEngine):
+        def __init__(self, model: nn.Module, *, precision: str) -> None:
+            seen.append(precision)
+            super().__init__(model, precision=precision)
+
+    monkeypatch.setattr(scoring, "GradientEngine", Told)
+    path = small_recipe(tmp_path)
+    made(path, "tune.reselect_every=3", "score.precision=bfloat16").tune()
+    assert seen == ["bfloat16", "bfloat16"]  # over the pool, and over the shortlist
+
+
+def test_another_economy_chooses_anew_again_where_the_first_choice_is_the_same(
+    tmp_path: Path,
+) -> None:
+    path = small_recipe(tmp_path)
+    everything, anew = "select.budget=1.0", "tune.reselect_every=7"
+    made(path, everything, anew).tune()
+    refresh = tmp_path / "run/phases/selected/refresh-1"
+    before = pq.read_table(refresh / "scores.parquet")["score"].to_pylist()
+    recipe = load_recipe(path, [*ALONE, everything, anew, "score.layers=top:1"])
+    Run(recipe, out=tmp_path / "run", allow=["score.layers"]).tune()
+    after = pq.read_table(refresh / "scores.parquet")["score"].to_pylist()
+    assert before != after
+
+
+def test_layers_in_which_nothing_will_train_are_refused_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    tuned = "tune.adapter={rank: 2, modules: [q_proj], layers: [0]}"
+    run = made(small_recipe(tmp_path), "tune.reselect_every=3", "score.layers=top:1", tuned)
+    with pytest.raises(ConfigError, match="nothing trains in the last 1 of 2 layers"):
+        run.tune()
+    assert not (tmp_path / "run/phases").exists()
 
 
 def test_it_may_choose_anew_before_any_weight_has_moved(tmp_path: Path) -> None:
@@ -202,7 +273,7 @@ def test_rows_of_a_grid_warm_up_and_choose_anew_on_their_own(tmp_path: Path) -> 
     recipe = load_recipe(small_recipe(tmp_path), changes)
     out = tmp_path / "grid"
     table = compare(recipe, out=out, progress=Silent())
-    _says_how_alike_fast_scores_are(out)
+    _says_how_alike_fast_scores_are(out, tmp_path / "recipe.yaml")
     assert {row.method for row in table.rows} >= {"gist", "rests", "anew"}
     assert table.costs["0 rests"]["warmup"]["n_steps"] == 2
     assert "n_steps" not in table.costs["0"]["warmup"]
@@ -216,15 +287,24 @@ def test_rows_of_a_grid_warm_up_and_choose_anew_on_their_own(tmp_path: Path) -> 
     assert not list(out.glob("shared/phases/*/phase-*"))
 
 
-def _says_how_alike_fast_scores_are(out: Path) -> None:
+def _says_how_alike_fast_scores_are(out: Path, path: Path) -> None:
     fast = json.loads((out / "table.json").read_text())["fast"]
     assert [(one["method"], one["tasks"], one["seed"]) for one in fast] == [
         (method, ["colours"], 0) for method in ("gist", "rests", "anew")
     ]
+    rests = "warmup={until: overlap, epochs: 4, overlap: 0.01, overlap_every: 1, overlap_times: 1}"
+    alike: list[float] = []
+    for name, changes in (("gist", []), ("rests", [rests])):
+        run = Run(load_recipe(path, ["score.fast=true", *changes]), out=out.parent / name)
+        run.score()
+        facts = json.loads((out.parent / name / "run.json").read_text())["steps"]["score"]["facts"]
+        alike.append(facts["about"]["fast"]["spearman"])
+    # As a run of each row's own says; another checkpoint, another likeness.
+    assert [one["spearman"] for one in fast] == [alike[0], alike[1], alike[0]]
+    assert alike[0] != alike[1]
     told = (out / "table.md").read_text()
     page = (out / "report.html").read_text()
     for one in fast:
-        assert -1 <= one["spearman"] <= 1
         line = (
             f"Spearman {one['spearman']:.3f} with full scores on {one['n_probe']} random examples"
         )

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -20,6 +21,7 @@ from selectune.pipeline.run import Run
 from selectune.pipeline.verification import verify
 from selectune.progress import Silent
 from selectune.recipe import ModelSection, Recipe, load_recipe
+from selectune.selection import Selection
 from small_run import small_recipe
 from workspace import save_model
 
@@ -213,6 +215,35 @@ def test_full_fine_tuning_of_one_layer_leaves_the_rest_alone(tmp_path: Path) -> 
             assert tuned[name].numpy().tobytes() == tensor.numpy().tobytes(), name
 
 
+def chosen(run: Path) -> list[str]:
+    """Return the ids of a run's selection, best first."""
+    return list(Selection.from_pretrained(run / "selection").ids)
+
+
+def in_turn(table: pa.Table, columns: list[str], n: int) -> list[str]:
+    """Return what columns take in turn, each the best that is left; ties go by id."""
+    taken: list[str] = []
+    for k in range(n):
+        scores = table[columns[k % len(columns)]].to_pylist()
+        left = [(-s, i) for i, s in zip(table["id"].to_pylist(), scores, strict=True)]
+        taken.append(min(one for one in left if one[1] not in taken)[1])
+    return taken
+
+
+def test_round_robin_lets_the_subtasks_of_one_task_take_turns(tmp_path: Path) -> None:
+    small_recipe(tmp_path)
+    path = tmp_path / "target.jsonl"
+    rows = [json.loads(row) for row in path.read_text().splitlines()]
+    named = [{**row, "group": "yx"[k % 2]} for k, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in named))
+    changes = ["select.rule=round_robin", "score.options={aggregate: per_subtask}"]
+    Run(load_recipe(tmp_path / "recipe.yaml", changes), out=tmp_path / "run").select()
+    table = pq.read_table(tmp_path / "run/scores.parquet")
+    found = chosen(tmp_path / "run")
+    assert found == in_turn(table, ["subtask:x", "subtask:y"], 9)
+    assert found != in_turn(table, ["score"], 9)
+
+
 def test_several_tasks_share_one_pass_and_keep_their_own_scores(tmp_path: Path) -> None:
     small_recipe(tmp_path)
     rows = (tmp_path / "heldout.jsonl").read_text().splitlines(keepends=True)
@@ -228,6 +259,7 @@ def test_several_tasks_share_one_pass_and_keep_their_own_scores(tmp_path: Path) 
     Run(recipe, out=tmp_path / "run").select()
     table = pq.read_table(tmp_path / "run/scores.parquet")
     assert {"task:colours", "task:other"} <= set(table.column_names)
+    assert chosen(tmp_path / "run") == in_turn(table, ["task:colours", "task:other"], 9)
     best = [max(pair) for pair in zip(table["task:colours"].to_pylist(),
                                       table["task:other"].to_pylist(), strict=True)]  # fmt: skip
     assert table["score"].to_pylist() == best

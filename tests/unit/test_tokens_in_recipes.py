@@ -74,6 +74,24 @@ def test_tokens_add_up_to_the_products_in_the_store(copied: Path, form: str) -> 
     assert verify(copied / "run").ok
 
 
+def test_what_makes_scoring_cheaper_leaves_token_scores_whole(tmp_path: Path) -> None:
+    small_recipe(tmp_path)
+    found: list[list[np.ndarray]] = []
+    for name, cheaper in (
+        ("full", []),
+        ("cheap", ["score.layers=top:1", "score.max_length=30", "score.precision=bfloat16"]),
+        ("fast", ["score.fast=true"]),
+    ):
+        ground = made(tmp_path, f"output={tmp_path}/{name}", *cheaper).ground
+        items = list(ground.tokens.pool)[:6]
+        assert any(len(t.input_ids) > 30 for t in items)
+        [own] = token_scores(ground, items, rule="energy:0.95", label="a few")
+        found.append(list(own.scores))
+    for others in found[1:]:
+        for mine, other in zip(found[0], others, strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
 def test_what_is_scored_is_read_and_only_a_lost_shard_is_computed(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,10 +12,11 @@ from selectune.adapters import load_tuned
 from selectune.data import Example, Tokens, near_duplicates
 from selectune.methods.rules import Budget, select, target_columns
 from selectune.models import Base
+from selectune.pipeline.economy import only_layers
 from selectune.pipeline.equip import adapter_of, equip, mask_digest
 from selectune.pipeline.ground import Ground, digest
 from selectune.pipeline.reselection import Phases, Refresh, Source, reads_the_model, refresh_steps
-from selectune.pipeline.scoring import score_pool
+from selectune.pipeline.scoring import run_economy, score_pool
 from selectune.pipeline.token_scoring import keep_tokens
 from selectune.recipe import AdapterSection, TuneSection
 from selectune.recipe.methods import FULL
@@ -176,6 +177,8 @@ def tune_arm(
     refreshes: list[Refresh] = []
     if source is not None and options.reselect_every is not None:
         everything = digest({"of": everything, "by": _told(ground, source, selection)})
+        with only_layers(held[0][1], run_economy(ground).layers):
+            pass  # refuses now what the first new selection would stumble over
 
     def train(
         items: list[Tokens], path: Path, phase: Phase | None
@@ -254,4 +257,5 @@ def _told(ground: Ground, source: Source, selection: Selection) -> dict[str, Any
         "select": ground.recipe.select.model_dump(mode="json"),
         "shortlist": sorted(source.shortlist(selection)),
         "tasks": {task: [t.id for t in ground.tokens.targets[task]] for task in ground.tasks},
+        **run_economy(ground).facts,
     }

@@ -202,13 +202,13 @@ def _plain_pass(ground: Ground) -> _Pass:
     if recipe.model.adapter is None and recipe.warmup.epochs and checkpoint_epochs(ground.asked):
         base = ground.base()
         warmed, k = warm_up(ground, base), recipe.warmup.epochs
-        one = _Pass(ground, base, warmed.at(k - 1), {}, economy=_economy(ground))
+        one = _Pass(ground, base, warmed.at(k - 1), {}, economy=run_economy(ground))
         return replace(one, beside=_beside(one, warmed, k))
-    return _Pass(ground, *scored_model(ground), economy=_economy(ground))
+    return _Pass(ground, *scored_model(ground), economy=run_economy(ground))
 
 
-def _economy(ground: Ground) -> Economy:
-    """Return what the run's passes leave out."""
+def run_economy(ground: Ground) -> Economy:
+    """Return what the gradient passes of a run leave out."""
     return economy_of(ground.recipe.score, ground.tokens.pool.lengths)
 
 
@@ -271,7 +271,7 @@ def _checkpoint_passes(ground: Ground, n: int, view: View) -> Iterator[tuple[_Pa
             view,
             None if view.adam == "none" else warmed.moments(k - 1),
             _label(recipe, k, n, view),
-            _economy(ground),
+            run_economy(ground),
         )
         yield replace(one, beside=_beside(one, warmed, k)), checkpoint.learning_rate
 
@@ -514,7 +514,7 @@ def _alike(ground: Ground, entry: Entry, options: object) -> dict[str, Any]:
         correlation.
     """
     probe = probe_of(ground.tokens.pool, ground.recipe.seed)
-    cheap = _economy(ground)
+    cheap = run_economy(ground)
     found = {Economy(): _probed(ground, entry, options, probe, Economy())}
     found[cheap] = _probed(ground, entry, options, probe, cheap)
     alike = rank_correlation(found[cheap].score, found[Economy()].score)
@@ -569,6 +569,8 @@ def score_shortlist(
 ) -> Scores:
     """Score some examples by their gradients at a model as it is now, for every task of the run.
 
+    What the recipe makes cheaper in the pass over the pool is as cheap here.
+
     Args:
         ground: of the run.
         name: of a scorer that reads gradients.
@@ -584,19 +586,22 @@ def score_shortlist(
     """
     entry = get("data_scorer", name)
     parsed = entry.parse(options)
-    section = ground.recipe.score
+    section, economy = ground.recipe.score, run_economy(ground)
+    aims = targets(ground)
+    short = economy.shortened([t.tokens for t in aims])
     store = GradientStore(path, {"made_from": made_from, "model": trainable_fingerprint(model)})
     if store.is_stale():
         remove(path)
-    stored = store.compute(
-        GradientEngine(model, precision=base.precision),
-        tokens,
-        targets(ground),
-        pad_id=base.pad_id,
-        token_budget=section.token_budget,
-        shard_examples=section.shard_examples,
-        progress=ground.progress,
-    )
+    with only_layers(model, economy.layers):
+        stored = store.compute(
+            GradientEngine(model, precision=economy.precision_on(base)),
+            economy.shortened(tokens),
+            [replace(t, tokens=own) for t, own in zip(aims, short, strict=True)],
+            pad_id=base.pad_id,
+            token_budget=section.token_budget,
+            shard_examples=section.shard_examples,
+            progress=ground.progress,
+        )
     evidence = Evidence(stored.ids, stored.n_target_tokens, seed=ground.recipe.seed)
     return _joined(
         {

@@ -399,15 +399,18 @@ class TuneSection(Section):
     tokens: TokensSection | None = Field(
         default=None,
         exclude_if=_is_null,
-        description="train on some loss tokens of an example only; null: on all of them",
+        description="train on some loss tokens of an example only, by token scores; these take "
+        "full gradients, whatever score.layers, max_length, precision and fast say; null: on all "
+        "of them",
     )
 
     reselect_every: Steps | None = Field(
         default=None,
         description="choose anew after every so many steps, or every such share of the training: "
         "gradients of the targets and of a shortlist, four times the selection, are taken at the "
-        "model as it is then, and training goes on with what scores best; for scorers of "
-        "gradients, such as gist; null: the selection stays",
+        "model as it is then, as score.layers, max_length, precision and fast say, and training "
+        "goes on with what scores best; for scorers of gradients, such as gist; null: the "
+        "selection stays",
     )
 
     def plainly(self) -> "TuneSection":

@@ -58,6 +58,39 @@ def test_round_robin_lets_targets_take_turns() -> None:
     assert list(chosen.ids) == expected
 
 
+def taken_in_turn(table: Scores, columns: list[str], n: int) -> list[str]:
+    """Return what columns take in turn, each the best that is left; ties go by id."""
+    taken: list[str] = []
+    for k in range(n):
+        column = table.columns[columns[k % len(columns)]]
+        left = [(-value, i) for i, value in zip(table.ids, column, strict=True) if i not in taken]
+        taken.append(min(left)[1])
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("kinds", "turns"),
+    [
+        (("task:b", "task:a", "task:c"), ("task:a", "task:b", "task:c")),
+        (("subtask:y", "subtask:x"), ("subtask:x", "subtask:y")),
+        (("to:t1", "subtask:y", "subtask:x", "to:t0"), ("subtask:x", "subtask:y")),
+        (("to:t0", "subtask:x", "subtask:y", "task:b", "task:a"), ("task:a", "task:b")),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_round_robin_goes_by_tasks_else_by_subtasks_else_by_targets(
+    kinds: tuple[str, ...], turns: tuple[str, ...], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    # Few values, so that there are ties; the column energy belongs to nobody.
+    columns = {name: rng.integers(0, 6, size=N).astype(float) for name in (*kinds, "energy")}
+    table = Scores("gist", IDS, rng.normal(size=N), columns)
+    rule, kwargs = get("selection_rule", "round_robin"), {"sources": SOURCES, "n_tokens": LENGTHS}
+    for n in (1, 7, N):
+        chosen = select(table, rule, Budget(examples=n), **kwargs)
+        assert list(chosen.ids) == taken_in_turn(table, list(turns), n)
+
+
 def test_round_robin_on_one_target_equals_topk() -> None:
     rng = np.random.default_rng(3)
     column = rng.normal(size=N)
@@ -107,17 +140,20 @@ def test_knn_counts_an_example_that_targets_share_once() -> None:
     assert list(chosen.ids) == ["e19", "e18", "e17"]
 
 
-@given(st.floats(0, 0.4), st.floats(0.4, 1), st.integers(3, 15))
-def test_quotas_are_kept(least: float, most: float, n: int) -> None:
-    try:
-        chosen = run("topk", n, quotas={"a": (least, most)})
-    except SelectionError as error:
-        assert "could be chosen" in str(error)  # noqa: PT017
+@given(st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted), st.integers(1, N))
+def test_quotas_are_kept_and_refused_only_where_they_cannot_be(bounds: list[float], n: int) -> None:
+    least, most = int(np.ceil(bounds[0] * n - 1e-9)), int(np.floor(bounds[1] * n + 1e-9))
+    n_a = sum(source == "a" for source in SOURCES.values())
+    # So many of a that there are enough of a, and enough of the others for the rest.
+    can_be = any(least <= k <= most and k <= n_a and n - k <= N - n_a for k in range(n + 1))
+    quotas = {"a": (bounds[0], bounds[1])}
+    if not can_be:
+        with pytest.raises(SelectionError, match="could be chosen"):
+            run("topk", n, quotas=quotas)
         return
-    share = sum(SOURCES[i] == "a" for i in chosen.ids)
+    chosen = run("topk", n, quotas=quotas)
     assert len(chosen) == n
-    assert share >= np.ceil(least * n - 1e-9)
-    assert share <= np.floor(most * n + 1e-9)
+    assert least <= sum(SOURCES[i] == "a" for i in chosen.ids) <= most
 
 
 def test_a_token_budget_is_not_exceeded() -> None:
