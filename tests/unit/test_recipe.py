@@ -161,7 +161,8 @@ def test_a_value_of_another_type_is_refused_with_what_was_expected(
         (
             "matrix",
             "[gist]",
-            "a mapping with the keys methods, targets, seeds, tune, transfer, emulate or null",
+            "a mapping with the keys methods, budgets, targets, seeds, tune, transfer, emulate or "
+            "null",
         ),
     ],
 )

@@ -288,8 +288,8 @@ class Ground:
 
     def making(self, path: Path) -> AbstractContextManager[None]:
         """Hold a result while it is looked for or made: of several processes one makes it."""
-        part = path.relative_to(self.out).as_posix()
-        return self.hands.turn(part, lambda: path.exists())
+        # What is shared may lie outside of this run's folder: kind and fingerprint name it.
+        return self.hands.turn(f"{path.parent.name}/{path.name}", path.exists)
 
     @contextmanager
     def charge(self, step: str, path: Path) -> Generator[None]:
