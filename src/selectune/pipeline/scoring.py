@@ -162,13 +162,11 @@ class _Pass:
         self, store: GradientStore, beside: Sequence[tuple["_Pass", GradientStore]] = ()
     ) -> Worked:
         section, economy = self.ground.recipe.score, self.economy
-        aims = targets(self.ground)
-        short = economy.shortened([t.tokens for t in aims])
         with only_layers(self.model, economy.layers):
             return store.work(
                 GradientEngine(self.model, precision=economy.precision_on(self.base)),
                 economy.shortened(self.probe or self.ground.tokens.pool),
-                [replace(t, tokens=own) for t, own in zip(aims, short, strict=True)],
+                _shortened_targets(self.ground, economy),
                 pad_id=self.base.pad_id,
                 token_budget=section.token_budget,
                 shard_examples=section.shard_examples,
@@ -379,6 +377,12 @@ def targets(ground: Ground) -> list[Target]:
     return found
 
 
+def _shortened_targets(ground: Ground, economy: Economy) -> list[Target]:
+    aims = targets(ground)
+    short = economy.shortened([t.tokens for t in aims])
+    return [replace(t, tokens=own) for t, own in zip(aims, short, strict=True)]
+
+
 def hidden_states(ground: Ground) -> StateFacts:
     """Return how alike candidates and the targets of all tasks are, under the untouched base."""
     if ground.states is None:
@@ -587,8 +591,6 @@ def score_shortlist(
     entry = get("data_scorer", name)
     parsed = entry.parse(options)
     section, economy = ground.recipe.score, run_economy(ground)
-    aims = targets(ground)
-    short = economy.shortened([t.tokens for t in aims])
     store = GradientStore(path, {"made_from": made_from, "model": trainable_fingerprint(model)})
     if store.is_stale():
         remove(path)
@@ -596,7 +598,7 @@ def score_shortlist(
         stored = store.compute(
             GradientEngine(model, precision=economy.precision_on(base)),
             economy.shortened(tokens),
-            [replace(t, tokens=own) for t, own in zip(aims, short, strict=True)],
+            _shortened_targets(ground, economy),
             pad_id=base.pad_id,
             token_budget=section.token_budget,
             shard_examples=section.shard_examples,
