@@ -11,7 +11,7 @@ Folders that others write in place get their manifest by `seal`; single files go
 `write_file`.
 """
 
-from selectune.files.claims import Alone, Crew, Hands
+from selectune.files.claims import CLAIMS, Alone, Crew, Hands
 from selectune.files.disk import MANIFEST, sha256_file
 from selectune.files.kill import CRASH_AT, KillPoint, kill_point, passes
 from selectune.files.opened import Opened, is_complete, open_dir
@@ -20,6 +20,7 @@ from selectune.files.single import write_file, write_parquet
 from selectune.files.stage import StagedDir, refuse_other_result, seal, staged
 
 __all__ = [
+    "CLAIMS",
     "CRASH_AT",
     "MANIFEST",
     "Alone",

@@ -18,6 +18,9 @@ from typing import Protocol, runtime_checkable
 from selectune.errors import StorageError
 from selectune.files.disk import storage_errors
 
+CLAIMS = ".claims"
+"""The claim file of a run's or a grid's folder."""
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 """What a file system answers that knows no locks."""
 

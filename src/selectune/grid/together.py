@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from selectune.files import Crew, share, write_file
+from selectune.files import CLAIMS, Crew, share, write_file
 from selectune.grid.grid import Grid, Tasks
 from selectune.pipeline.ground import digest
 from selectune.pipeline.processes import Part
@@ -23,7 +23,7 @@ from selectune.pipeline.record import Record
 from selectune.progress import Progress
 from selectune.recipe import MatrixMethod, Recipe
 
-CLAIMS, ENDED = ".claims", "ended"
+ENDED = "ended"
 
 
 def share_grid(

@@ -16,6 +16,7 @@ from selectune.adapters import adapter_fingerprint, checkpoints_fingerprint, loa
 from selectune.errors import ConfigError, CorruptFileError, DataError
 from selectune.evaluation import Evaluation, Verdict, check_questions, together, verdict
 from selectune.files import (
+    CLAIMS,
     MANIFEST,
     Alone,
     Crew,
@@ -82,7 +83,6 @@ from selectune.registry import get
 from selectune.report import write_report
 from selectune.selection import Scores, Selection
 
-CLAIMS = ".claims"
 PLUGIN = "plugin"
 
 
