@@ -71,7 +71,7 @@ def slow_rank_by_gap(singular: np.ndarray) -> int:
 
 
 def slow_rank_left_out(targets: np.ndarray) -> int:
-    """Return the smallest rank within a standard error of the best at holding a target left out."""
+    """Return the smallest rank from 2 within a standard error of the best for a target left out."""
     m = len(targets)
     shares: list[list[float]] = []
     for j in range(m):
@@ -88,11 +88,11 @@ def slow_rank_left_out(targets: np.ndarray) -> int:
     best = max(range(m - 1), key=lambda k: means[k])
     variance = sum((held[best] - means[best]) ** 2 for held in shares) / (m - 1)
     error = math.sqrt(variance / m)
-    return next(k + 1 for k in range(m - 1) if means[k] >= means[best] - error)
+    return next(k + 1 for k in range(1, m - 1) if means[k] >= means[best] - error)
 
 
 def slow_rank_by_split(targets: np.ndarray, ids: list[str], share: float, seed: int) -> int:
-    """Return the smallest rank with a share of what one half holds of the other, on average."""
+    """Return the smallest rank from 2 with a share of what halves hold of each other."""
 
     def draw(k: int, target: str) -> str:
         return hashlib.sha256(f"halves:{seed}:{k}:{target}".encode()).hexdigest()
@@ -110,7 +110,7 @@ def slow_rank_by_split(targets: np.ndarray, ids: list[str], share: float, seed: 
             for r in range(1, len(held)):
                 space = P[:, : min(r, n_sound)]
                 held[r] += sum(float(np.sum((space.T @ v) ** 2)) for v in others) / energy
-    return next(r for r in range(1, len(held)) if held[r] >= share * held[-1] * (1 - 1e-12))
+    return next(r for r in range(2, len(held)) if held[r] >= share * held[-1] * (1 - 1e-12))
 
 
 def slow_overlap(one: np.ndarray, other: np.ndarray, share: float) -> float:

@@ -273,8 +273,18 @@ def test_leaving_targets_out_of_few_equals_the_twin(m: int, seed: int) -> None:
     targets[1] = 2.0 * targets[0]  # one direction fewer than targets
     rank = slow_rank_left_out(targets)
     assert rank_left_out(targets @ targets.T) == rank
-    if rank > 1:
-        assert gist(facts_of(pool, targets), GistOptions(rank="loo")).about["rank"] == rank
+    assert gist(facts_of(pool, targets), GistOptions(rank="loo")).about["rank"] == rank
+
+
+@pytest.mark.parametrize("rank", ["loo", "split:0.5"])
+def test_where_one_direction_would_do_ours_take_two(rank: str) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.normal(3, 1, size=(9, 1))
+    targets = lengths * rng.normal(size=9000) + 0.1 * rng.normal(size=(9, 9000))
+    facts = facts_of(rng.normal(size=(20, 9000)), targets)
+    assert gist(facts, GistOptions(rank=rank)).about["rank"] == 2
+    with pytest.raises(SelectionError, match="rank 1"):
+        gist(facts, GistOptions(rank="energy:0.95"))
 
 
 @pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])

@@ -116,6 +116,8 @@ def rank_of(
 def rank_left_out(gram: Float[np.ndarray, "m m"]) -> int:
     """Return the smallest rank within one standard error of the best at foretelling new targets.
 
+    At least 2: at rank 1 every score is +1 or -1.
+
     Each target in turn is left out; what counts is the share of its energy inside the first r
     directions of the others, which can only grow with r: hence the standard error.
     """
@@ -132,7 +134,7 @@ def rank_left_out(gram: Float[np.ndarray, "m m"]) -> int:
     mean = held.mean(0)
     error = held.std(0, ddof=1) / np.sqrt(m) if m > 1 else np.zeros(m - 1)
     best = int(mean.argmax())
-    return int(np.argmax(mean >= mean[best] - error[best])) + 1
+    return max(int(np.argmax(mean >= mean[best] - error[best])) + 1, 2)
 
 
 def rank_by_gap(directions: Spectrum) -> int:
@@ -161,7 +163,8 @@ def rank_by_split(
     The targets are halved at random, 20 times. The directions of each half are asked how much of
     the other half's energy their first 1, 2, .. hold; what counts is the mean over all halves, as
     a share of what all directions hold. Noise of single targets is in no other target, so the
-    directions that are noise add next to nothing. The result is at most half of the targets.
+    directions that are noise add next to nothing. The result is at most half of the targets, and
+    at least 2: at rank 1 every score is +1 or -1.
 
     Args:
         gram: inner products of the targets, 4 or more.
@@ -179,7 +182,7 @@ def rank_by_split(
             x = directions.coordinates(K[np.ix_(others, mine)], len(directions.s))
             found = np.cumsum((x**2).sum(0)) / np.trace(K[np.ix_(others, others)])
             held += np.pad(found, (0, len(held) - len(found)), mode="edge")
-    return int(np.searchsorted(held / held[-1], share - 1e-12)) + 1
+    return max(int(np.searchsorted(held / held[-1], share - 1e-12)) + 1, 2)
 
 
 def _drawn(seed: int, k: int, target: str) -> bytes:

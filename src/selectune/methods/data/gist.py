@@ -47,7 +47,7 @@ class GistOptions:
             description='"energy:0.95" (paper), a number (release: 150), "full", or (ours) "loo": '
             'best for a target left out; "split:0.95": that share of what one half of the targets '
             'can hold of the other, over 20 random halves; "gap": before the largest ratio of '
-            "neighbouring eigenvalues, from 2 to half of the directions"
+            "neighbouring eigenvalues, up to half of the directions; all three from 2 on"
         ),
     ] = "energy:0.95"
     energy: Annotated[
