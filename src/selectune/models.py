@@ -103,9 +103,8 @@ def load_base(section: ModelSection, *, adapter: AdapterSection, as_stored: bool
     else:
         model.to(device)  # quantised weights were put there as they were read
     model.config.use_cache = False
-    pad_id = cast("int | None", tokenizer.pad_token_id) or 0
     found = _base_fingerprint(model, section)
-    return Base(model, tokenizer, device, precision, found, pad_id)
+    return Base(model, tokenizer, device, precision, found, pad_id_of(tokenizer))
 
 
 def quantization_of(section: ModelSection) -> str | None:
@@ -267,6 +266,11 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise _no_model(section, error) from error
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token id that fills up the rows of a batch."""
+    return cast("int | None", tokenizer.pad_token_id) or 0
 
 
 def load_config(section: ModelSection) -> PretrainedConfig:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from selectune.digests import digest
 from selectune.errors import ConfigError
 from selectune.grid.cells import SELECTED, selected_file
 from selectune.grid.compare import ComparisonTable, compare, plan_grid
-from selectune.pipeline import prices
+from selectune.models import load_base
+from selectune.pipeline import arms, ground, prices
 from selectune.pipeline.arms import SELECTED as SELECTED_ARM
 from selectune.pipeline.run import Run
 from selectune.progress import Silent
-from selectune.recipe import load_recipe
+from selectune.recipe import ModelSection, load_recipe
 from selectune.selection import Scores
 from small_run import small_recipe
 
@@ -89,9 +91,17 @@ def test_one_warmup_and_one_store_serve_a_seed(folder: Path) -> None:
     assert adapters <= most
 
 
-def test_a_second_call_trains_and_asks_nothing(
-    folder: Path, capfd: pytest.CaptureFixture[str]
+def test_a_second_call_trains_asks_and_equips_nothing(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(arms, "equip", pytest.fail)
+    loads = Counter[str]()
+
+    def counted(section: ModelSection, **options: object) -> object:
+        loads[section.base] += 1
+        return load_base(section, **options)
+
+    monkeypatch.setattr(ground, "load_base", counted)
     before = {p: p.stat().st_mtime_ns for p in (folder / "run/shared").rglob("*.safetensors")}
     text = (folder / "run/table.md").read_text()
     assert main(["compare", str(folder / "recipe.yaml"), "--json"]) == 0
@@ -101,6 +111,7 @@ def test_a_second_call_trains_and_asks_nothing(
     after = {p: p.stat().st_mtime_ns for p in (folder / "run/shared").rglob("*.safetensors")}
     assert before == after
     assert (folder / "run/table.md").read_text() == text
+    assert loads.total() == 4  # for each seed: the base by itself, and below its warm-up
 
 
 def test_heldout_examples_are_not_read_to_choose_settings(folder: Path, tmp_path: Path) -> None:

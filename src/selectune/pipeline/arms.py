@@ -13,7 +13,7 @@ from selectune.data import Example, Tokens, near_duplicates
 from selectune.methods.rules import Budget, select, target_columns
 from selectune.models import Base
 from selectune.pipeline.economy import only_layers
-from selectune.pipeline.equip import adapter_of, equip, mask_digest
+from selectune.pipeline.equip import Equipped, adapter_of, equip, mask_digest
 from selectune.pipeline.ground import Ground, digest
 from selectune.pipeline.reselection import Phases, Refresh, Source, reads_the_model, refresh_steps
 from selectune.pipeline.scoring import run_economy, score_pool
@@ -138,7 +138,6 @@ def tune_arm(
     """
     recipe = ground.recipe
     options = tuning or recipe.tune
-    base = ground.base()
     target = [t for task in ground.tasks for t in ground.tokens.targets[task]]
     # In the pool's order: equal sets train equally, whatever ranked them.
     chosen = set(selection.ids)
@@ -153,13 +152,21 @@ def tune_arm(
         arm = tune_arm(ground, f"{name} before its mask", selection, tuning=everything)
         return load_tuned(ground.base(), arm.path)
 
-    equipped = equip(ground, base, items, options, name=name, fine_tune=fine_tune)
+    def equipped() -> tuple[Base, Equipped]:
+        base = ground.base()
+        return base, equip(ground, base, items, options, name=name, fine_tune=fine_tune)
+
     adapter = adapter_of(ground, options)
+    held: list[tuple[Base, Equipped]] = []  # taken out by who trains it, who so frees it in the end
+    mask, plane = None, None
+    if options.weights is not None:  # what trains is only known then
+        held.append(equipped())
+        mask, plane = held[0][1].mask, held[0][1].plane
     fingerprint = digest(
         {
-            "base": base.fingerprint,
+            "base": ground.base_fingerprint,
             "adapter": None if adapter is None else adapter.model_dump(),
-            "mask": mask_digest(equipped.mask),
+            "mask": mask_digest(mask),
             "examples": hashlib.sha256("\n".join(t.id for t in items).encode()).hexdigest(),
             "tokens": ground.tokens.fingerprint,
         }
@@ -171,26 +178,15 @@ def tune_arm(
     if options.tokens is not None:
         facts["tokens"] = fingerprint_of(items)
     everything = digest(facts)
-    held = [(base, equipped.model)]
-    mask, plane = equipped.mask, equipped.plane
-    del base, equipped  # so that each phase frees the model of the one before
-    refreshes: list[Refresh] = []
     if source is not None and options.reselect_every is not None:
         everything = digest({"of": everything, "by": _told(ground, source, selection)})
-        with only_layers(held[0][1], run_economy(ground).layers):
-            pass  # refuses now what the first new selection would stumble over
 
     def train(
         items: list[Tokens], path: Path, phase: Phase | None
     ) -> tuple[Base, nn.Module, TuneResult]:
-        if held:
-            base, model = held.pop()
-        else:
-            base = ground.base()
-            model = equip(ground, base, items, options, name=name, fine_tune=fine_tune).model
+        base, ready = held.pop() if held else equipped()
         result = ground.train(
-            base,
-            model,
+            ready.model,
             items,
             options,
             path=path,
@@ -199,13 +195,21 @@ def tune_arm(
             target=target,
             phase=phase,
         )
-        return base, model, result
+        return base, ready.model, result
 
+    refreshes: list[Refresh] = []
     path = ground.place("tune", f"tune/{name}", everything)
     with ground.making(path):
         if source is None or options.reselect_every is None:
-            result = train(items, path, None)[2]
+            # Equal work of other arms, and what an earlier process left, is read as it lies.
+            found = ground.trained(
+                items, options, path=path, fingerprint=fingerprint, target=target
+            )
+            result = found or train(items, path, None)[2]
         else:
+            held.append(equipped())
+            with only_layers(held[0][1].model, run_economy(ground).layers):
+                pass  # refuses now what the first new selection would stumble over
             step = options.batch_size * options.accumulation
             n_steps = options.epochs * -(-len(items) // step)
             phases = Phases(

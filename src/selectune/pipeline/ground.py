@@ -26,6 +26,7 @@ from selectune.models import (
     load_base,
     load_tokenizer,
     model_is_package,
+    pad_id_of,
 )
 from selectune.pipeline.measure import Measured
 from selectune.pipeline.prepare import (
@@ -41,7 +42,7 @@ from selectune.recipe import Recipe, TuneSection
 from selectune.training import TuneResult, tune
 from selectune.training.chosen import chosen_method
 from selectune.training.method import Method
-from selectune.training.tune import Phase
+from selectune.training.tune import Phase, find_tuned
 
 
 class Ground:
@@ -166,8 +167,7 @@ class Ground:
         """
         section = self.assets.model
         # What trains on an emulator goes back to the model: its start is not to be rounded.
-        precision = choose_precision(section.dtype, choose_device(section.device))
-        as_stored = model_is_package(section.base) and precision != "float32"
+        as_stored = model_is_package(section.base) and self._numerics["precision"] != "float32"
         base = load_base(section, adapter=self.recipe.adapter, as_stored=as_stored)
         if base.fingerprint != (self.expected_base or base.fingerprint):
             raise IncompatibleRunError(
@@ -215,9 +215,39 @@ class Ground:
         remove(path)
         return False
 
+    @property
+    def _numerics(self) -> dict[str, Any]:
+        """What decides the numbers of a training, beside its examples and options."""
+        section = self.assets.model
+        device = choose_device(section.device)
+        return {
+            "seed": self.recipe.seed,
+            "pad_id": pad_id_of(self.tokenizer),
+            "precision": choose_precision(section.dtype, device),
+            "device": device.type,
+        }
+
+    def trained(
+        self,
+        items: Sequence[Tokens],
+        options: TuneSection,
+        *,
+        path: Path,
+        fingerprint: str,
+        target: Sequence[Tokens] = (),
+    ) -> TuneResult | None:
+        """Return a finished training without loading a model; None where there is none.
+
+        The arguments are those of `train`; where the weights started follows from them.
+        """
+        method = chosen_method(options)
+        return find_tuned(
+            items, options, output=path, fingerprint=fingerprint, method=method, target=target,
+            **self._numerics,
+        )  # fmt: skip
+
     def train(
         self,
-        base: Base,
         model: nn.Module,
         items: Sequence[Tokens],
         options: TuneSection,
@@ -233,7 +263,6 @@ class Ground:
         """Train a model on examples, resume, or read what is finished; told to the progress.
 
         Args:
-            base: the model's base, for its padding, device and precision.
             model: what trains.
             items: the examples.
             options: learning rate, epochs, training method and so on.
@@ -265,10 +294,6 @@ class Ground:
                     items,
                     options,
                     output=path,
-                    seed=self.recipe.seed,
-                    pad_id=base.pad_id,
-                    precision=base.precision,
-                    device=base.device.type,
                     fingerprint=fingerprint,
                     name=name,
                     log=log,
@@ -276,6 +301,7 @@ class Ground:
                     target=target,
                     stop_after_epochs=stop_after_epochs,
                     phase=phase,
+                    **self._numerics,
                 )
 
             try:

@@ -254,7 +254,6 @@ def warm_up(ground: Ground, base: Base) -> Warmed:
         if keeps and _lacks_checkpoints(path, n_steps, n_epochs):
             remove(path)  # of a run whose scorers read none
         result = ground.train(
-            base,
             model,
             items,
             options,

@@ -386,14 +386,59 @@ def _save(model: nn.Module, result: TuneResult, identity: dict[str, Any]) -> Non
             stage.write_json(_RECORDS, [list(pair) for pair in result.records])
 
 
+def find_tuned(
+    items: Sequence[Tokens],
+    options: TuneSection,
+    *,
+    output: Path,
+    seed: int,
+    pad_id: int,
+    precision: str,
+    device: str,
+    fingerprint: str,
+    method: Method | None = None,
+    target: Sequence[Tokens] = (),
+) -> TuneResult | None:
+    """Return what `tune` left in `output` for the same arguments; None where it left nothing.
+
+    No model is needed: where its weights started follows from `fingerprint` and `seed`.
+
+    Raises:
+        CorruptFileError: the result is damaged.
+    """
+    final = output / "adapter"
+    if not files.is_complete(final, KIND):
+        return None
+    opened = files.open_dir(final, kind=KIND)
+    found = opened.meta["identity"]
+    wanted = identify(
+        items,
+        options,
+        start=found["start"],
+        method=method,
+        target=target,
+        fingerprint=fingerprint,
+        seed=seed,
+        pad_id=pad_id,
+        precision=precision,
+        device=device,
+        stop_after_epochs=None,
+    )
+    return _read(opened) if found == wanted else None
+
+
 def _reuse(model: nn.Module, path: Path, identity: dict[str, Any]) -> TuneResult:
     opened = files.open_dir(path, kind=KIND)
-    meta = opened.meta
-    refuse_other(meta["identity"], identity, where=path)
+    refuse_other(opened.meta["identity"], identity, where=path)
     load_weights(model, opened)
+    return _read(opened)
+
+
+def _read(opened: files.Opened) -> TuneResult:
+    meta = opened.meta
     losses = cast("list[tuple[int, float]]", opened.read_json("losses.json"))
     return TuneResult(
-        path=path,
+        path=opened.path,
         n_steps=meta["n_steps"],
         seconds=meta["seconds"],
         peak_bytes=meta["peak_bytes"],

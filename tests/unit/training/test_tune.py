@@ -1,6 +1,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,10 +12,18 @@ from peft import PeftModel
 from torch import nn
 
 from selectune.data.tokens import Tokens
-from selectune.errors import ConfigError, DataError, IncompatibleRunError, TrainingError
+from selectune.errors import (
+    ConfigError,
+    CorruptFileError,
+    DataError,
+    IncompatibleRunError,
+    TrainingError,
+)
 from selectune.methods.data_layer.gast import GAST
 from selectune.methods.layers.ist import IST
 from selectune.training import TuneResult
+from selectune.training.method import Method
+from selectune.training.tune import find_tuned
 
 Run = Callable[..., TuneResult]
 
@@ -146,6 +155,45 @@ def test_another_run_does_not_take_over_what_it_did_not_make(
         change = {"options": tiny.section(**change["options"])}
     with pytest.raises(IncompatibleRunError, match=rf"\b{key} differ"):
         run(**change)
+
+
+@pytest.mark.parametrize("method", [None, GAST(), GAST(target="target")])
+def test_what_is_finished_is_found_without_a_model(
+    run: Run, tiny: ModuleType, tmp_path: Path, method: Method | None
+) -> None:
+    given: dict[str, Any] = {
+        "items": tiny.tiny_items(),
+        "options": tiny.section(),
+        "seed": 3,
+        "pad_id": 0,
+        "precision": "float32",
+        "device": "cpu",
+        "fingerprint": "base",
+        "method": method,
+        "target": tiny.tiny_items(4),
+    }
+    output = tmp_path / "run"
+    assert find_tuned(output=output, **given) is None
+    result = run(method=method, target=given["target"])
+    assert find_tuned(output=output, **given) == result
+    changes: dict[str, Any] = {
+        "items": tiny.tiny_items(10),
+        "options": tiny.section(learning_rate=2e-2),
+        "seed": 4,
+        "pad_id": 5,
+        "precision": "bfloat16",
+        "device": "cuda",
+        "fingerprint": "another base",
+        "method": GAST(keep=0.25),
+    }
+    for key, value in changes.items():
+        assert find_tuned(output=output, **{**given, key: value}) is None, key
+    reads_target = method is not None and method.reads_target
+    found = find_tuned(output=output, **{**given, "target": tiny.tiny_items(5)})
+    assert (found is None) == reads_target
+    (result.path / "losses.json").write_text("[]")
+    with pytest.raises(CorruptFileError, match="losses"):
+        find_tuned(output=output, **given)
 
 
 def test_how_often_to_save_may_change(run: Run, tiny: ModuleType) -> None:
