@@ -1,25 +1,63 @@
 """Every document's code blocks run.
 
 A block says after its language what happens to it: `bash run` and `python run` blocks of one
-document are executed in order, in a folder made by `workspace.make_workspace`; `bash show` and
-`python show` are only read; `yaml recipe` must load.
+document are executed in order, in a folder made by `workspace.make_workspace` and `BEFORE`;
+`python more` is what a reader types after the Python blocks before it, which run first once more;
+`bash show` and `python show` (installing, signatures) are only read; `yaml recipe` must load.
 """
 
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
+from guard.sitecustomize import SHOWS_BITSANDBYTES
+from unit.interchange.test_bergson import make_index, make_scores
 from workspace import make_workspace
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+USES = {"bash": ("run", "show"), "python": ("run", "more", "show")}
 _FENCE = re.compile(r"^ *```(?P<info>[^\n`]*)\n(?P<text>.*?)^ *```\s*$", re.MULTILINE | re.DOTALL)
+
+
+RECIPE = """
+model: {base: model}
+data: {pool: pool.jsonl, target: target.jsonl, heldout: heldout.jsonl, max_length: 256}
+tune: {epochs: 1}
+"""
+
+
+def write_recipes(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(RECIPE)
+    grid = "matrix: {methods: [gist], seeds: [0, 1]}"
+    (folder / "grid.yaml").write_text(RECIPE + grid)
+
+
+def write_what_bergson_leaves(folder: Path) -> None:
+    write_recipes(folder)
+    rng = np.random.default_rng(0)
+    n = len((folder / "pool.jsonl").read_text().splitlines())
+    (folder / "runs").mkdir()
+    make_scores(folder / "runs/bergson-scores", rng.normal(size=(n, 2)))
+    config = {"steps": [{"score": {"score_cfg": {"higher_is_better": True}}}]}
+    (folder / "runs/bergson-scores/config.yaml").write_text(yaml.safe_dump(config))
+    make_index(folder / "runs/pool-index", rng.normal(size=(n, 5)))
+    make_index(folder / "runs/target-index", rng.normal(size=(6, 5)))
+
+
+# What a reader of a document has before its first block.
+BEFORE: Mapping[str, Callable[[Path], None]] = {
+    "docs/processes.md": write_recipes,
+    "docs/guides/bergson.md": write_what_bergson_leaves,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +83,14 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a program where `selectune` is this checkout's, and return what it said."""
     programs = folder / ".programs"
     programs.mkdir(exist_ok=True)
-    for name, words_of in (("selectune", "-m selectune"), ("python", "")):
+    modules = {"selectune": "-m selectune", "torchrun": "-m torch.distributed.run", "python": ""}
+    for name, words_of in modules.items():
         shim = programs / name
         shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words_of} "$@"\n')
         shim.chmod(0o755)
     environment = {
         **os.environ,
+        **({SHOWS_BITSANDBYTES: "1"} if "BitsAndBytes" in words[-1] else {}),
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(folder / ".cache"),
     }
@@ -65,20 +105,25 @@ def test_every_shell_and_python_block_says_whether_it_runs(document: Path) -> No
         block.line
         for block in blocks(document)
         if block.language in ("bash", "sh", "console", "shell", "python")
-        and (block.language not in ("bash", "python") or block.use not in ("run", "show"))
+        and block.use not in USES.get(block.language, ())
     ]
-    assert not unmarked, f'{document.name}: write "bash run" or "bash show" at lines {unmarked}'
+    assert not unmarked, f"{document.name}: say {USES} at lines {unmarked}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_the_blocks_of_a_document_run_in_order(document: Path, tmp_path: Path) -> None:
-    runnable = [block for block in blocks(document) if block.use == "run"]
+    runnable = [block for block in blocks(document) if block.use in ("run", "more")]
     if not runnable:
         return
     make_workspace(tmp_path)
+    BEFORE.get(name_of(document), lambda folder: None)(tmp_path)
+    typed = ""  # of Python, since the last block that stands alone
     for block in runnable:
-        interpreter = ["bash", "-euo", "pipefail"] if block.language == "bash" else [sys.executable]
-        done = run([*interpreter, "-c", block.text], tmp_path)
+        interpreter = ["bash", "-euo", "pipefail", "-c", block.text]
+        if block.language == "python":
+            typed = block.text if block.use == "run" else typed + block.text
+            interpreter = [sys.executable, "-c", typed]
+        done = run(interpreter, tmp_path)
         assert done.returncode == 0, f"{document.name}:{block.line}\n{done.stdout}\n{done.stderr}"
 
 

@@ -431,6 +431,19 @@ def test_a_row_takes_gradients_of_an_adapter_of_its_own_and_trains_as_the_others
     assert again.matrix.methods[0].adapter.rank == 1
 
 
+def test_a_target_without_a_name_makes_cells_that_can_be_replayed(
+    folder: Path, tmp_path: Path
+) -> None:
+    words = [f"data.{name}={folder}/{name}.jsonl" for name in ("target", "heldout")]
+    words += ["matrix.methods=[random]", "matrix.targets=[]", "matrix.seeds=[0]"]
+    recipe = load_recipe(folder / "recipe.yaml", [*words, f"output={tmp_path}"])
+    table = compare(recipe, out=tmp_path, progress=Silent())
+    assert {row.task for row in table.rows} == {"target"}
+    again = load_recipe(tmp_path / "cells/random-target-seed-0/config.yaml")
+    assert again.matrix is not None
+    assert again.matrix.targets == ["target"]
+
+
 def test_rows_of_another_budget_stand_beside_random_of_that_budget(
     folder: Path, tmp_path: Path
 ) -> None:

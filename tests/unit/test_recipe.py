@@ -362,6 +362,11 @@ def test_changed_is_checked_like_a_file(tmp_path: Path) -> None:
         (["select.quotas.a=[0.5, 0.1]"], "select.quotas.a", "the quota of"),
         (["select.quotas={a: [0.6, 1], b: [0.6, 1]}"], "select.quotas", "more than 1"),
         (["matrix.methods=[gist]", "matrix.targets=[csqq]"], "matrix.targets", "is no target"),
+        (
+            ["matrix.methods=[gist]", "matrix.targets=[a]", "data.target=a.jsonl"],
+            "matrix.targets",
+            'there alone is "target"',
+        ),
         (["score.method=gits"], "score.method=gits", '"gits" is no data scorer'),
         (["score.method=full"], "score.method=full", '"full" is no data scorer'),
         (["score.options.rnk=3"], "score.options.rnk=3", '"rnk" is no option of gist'),

@@ -23,10 +23,10 @@ from selectune.data.demo import COMMONSENSE, DemoAssets
 from selectune.errors import ConfigError, DataError, nearest
 from selectune.models import context_length
 from selectune.recipe import DataSection, ModelSection, Recipe
+from selectune.recipe.sections import ONLY_TASK
 from selectune.selection import Selection
 
 DEMO = "demo:"
-ONLY_TASK = "target"  # what a target without a name is called
 Paths = str | list[str] | Mapping[str, str]
 
 

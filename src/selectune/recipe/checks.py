@@ -8,6 +8,7 @@ from selectune.recipe import words
 from selectune.recipe.file import Tree
 from selectune.recipe.methods import BESIDE_QUANTISED, FULL, PLAIN, RANDOM
 from selectune.recipe.sections import (
+    ONLY_TASK,
     AdapterSection,
     TuneChoice,
     TuneSection,
@@ -222,18 +223,20 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                     why,
                     f"remove model.{key}, or remove emulate from the row",
                 )
-    tasks = recipe.data.target
+    target = recipe.data.target
+    tasks = [ONLY_TASK] if isinstance(target, str) else list(target)
     tested = matrix.transfer if matrix and not isinstance(matrix.transfer, bool) else []
     named = [("targets", *pair) for pair in enumerate(matrix.targets if matrix else ())]
     for key, i, name in [*named, *(("transfer", *pair) for pair in enumerate(tested))]:
-        if isinstance(tasks, str) or name not in tasks:
+        if name not in tasks:
             add(
                 ("matrix", key, i),
                 f'"{name}" is no target of this recipe',
-                f"matrix.{key} takes names that data.target gives",
-                "write data.target as a mapping of names to files, or remove matrix.targets"
-                if isinstance(tasks, str)
-                else nearest(name, tasks),
+                f"matrix.{key} takes names that data.target gives"
+                + (
+                    f'; what stands there alone is "{ONLY_TASK}"' if isinstance(target, str) else ""
+                ),
+                nearest(name, tasks),
             )
     return found
 

@@ -26,6 +26,7 @@ TopLayers = Annotated[
 ]
 WholeShare = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]?%$"), Like("90%")]
 RANK_RULE = r"^((energy|split):(0?\.\d+|1(\.0*)?)|loo|gap|full)$"
+ONLY_TASK = "target"  # what a target without a name is called
 SEED_LIMIT = 2**31  # numpy's legacy generators and transformers' set_seed take no more
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 
