@@ -365,7 +365,7 @@ def test_changed_is_checked_like_a_file(tmp_path: Path) -> None:
         (
             ["matrix.methods=[gist]", "matrix.targets=[a]", "data.target=a.jsonl"],
             "matrix.targets",
-            'there alone is "target"',
+            "is no target",
         ),
         (["score.method=gits"], "score.method=gits", '"gits" is no data scorer'),
         (["score.method=full"], "score.method=full", '"full" is no data scorer'),

@@ -225,6 +225,7 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
                 )
     target = recipe.data.target
     tasks = [ONLY_TASK] if isinstance(target, str) else list(target)
+    alone = f'; a file alone is called "{ONLY_TASK}"' if isinstance(target, str) else ""
     tested = matrix.transfer if matrix and not isinstance(matrix.transfer, bool) else []
     named = [("targets", *pair) for pair in enumerate(matrix.targets if matrix else ())]
     for key, i, name in [*named, *(("transfer", *pair) for pair in enumerate(tested))]:
@@ -232,10 +233,7 @@ def contradictions(recipe: "Recipe", tree: Tree) -> list[ConfigError]:
             add(
                 ("matrix", key, i),
                 f'"{name}" is no target of this recipe',
-                f"matrix.{key} takes names that data.target gives"
-                + (
-                    f'; what stands there alone is "{ONLY_TASK}"' if isinstance(target, str) else ""
-                ),
+                f"matrix.{key} takes names that data.target gives{alone}",
                 nearest(name, tasks),
             )
     return found
