@@ -168,6 +168,21 @@ def test_a_copy_of_a_target_scores_one(rank: int | str) -> None:
     assert scores.best_target[7] == "t3"
 
 
+@pytest.mark.parametrize("method", ["gist", "grad_cosine"])
+def test_what_nearly_equals_a_target_in_the_whole_space_is_listed(method: str) -> None:
+    pool, targets = synthetic()
+    across = np.linalg.svd(targets)[2][-1]  # at right angles to all targets
+    length = np.linalg.norm(targets[3])
+    for n, tangent in ((7, 0.03), (5, 0.04), (9, 0.05)):  # cosines of .9996, .9992, .9988
+        pool[n] = 0.2 * (targets[3] + tangent * length * across)
+    pool[11] = -targets[4]
+    entry = get("data_scorer", method)
+    scores = entry.function(facts_of(pool, targets), entry.parse({}))
+    near = scores.about["near_targets"]
+    assert [(i, j) for i, j, _ in near] == [("z007", "t3"), ("z005", "t3")]
+    assert [c for *_, c in near] == pytest.approx([(1 + t**2) ** -0.5 for t in (0.03, 0.04)])
+
+
 def test_full_rank_times_energy_is_the_full_space_cosine() -> None:
     pool, targets = synthetic()
     evidence = facts_of(pool, targets)

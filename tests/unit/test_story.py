@@ -124,6 +124,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         of_targets(rank=17),
         "Task colours uses rank 18 of 20 targets: nothing is filtered.",
     ),
+    "near a target": (
+        of_targets(near_targets=[["e01", "t0", 0.9999]]),
+        of_targets(near_targets=[]),
+        "Gradients of the pool nearly equal those of targets of colours (cosine above 0.999), as "
+        "a copy's would: e01 to t0.",
+    ),
+    "near many targets": (
+        of_targets(near_targets=[[f"e{n}", f"t{n}", 0.9999] for n in range(9)]),
+        of_targets(near_targets=[]),
+        "Gradients of the pool nearly equal those of targets of colours (cosine above 0.999), as "
+        "a copy's would: e0 to t0, e1 to t1, e2 to t2, e3 to t3, e4 to t4 and 4 more.",
+    ),
     "few directions": (
         of_targets(rank=3),
         of_targets(rank=4),

@@ -1,9 +1,12 @@
 """What one gradient pass leaves behind, as plain arrays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+
+_COPY = 0.999  # cosine of two gradients from which on their examples may be one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +33,20 @@ class GradientFacts:
         norms = self.norms.astype(np.float64)
         scale = norms[:, None] * np.sqrt(np.clip(np.diag(self.gram), 0, None))
         return np.divide(self.dots, scale, out=np.zeros(self.dots.shape), where=scale > 0)
+
+    def near_targets(self, ids: Sequence[str]) -> list[list[str | float]]:
+        """Return the examples whose gradient is nearly a target's, as that of a copy would be.
+
+        Args:
+            ids: of the examples, in the order of the rows.
+
+        Returns:
+            Example, target and their cosine where it is above 0.999, the highest first.
+        """
+        found = self.cosines
+        pairs = [(int(n), int(j)) for n, j in np.argwhere(found > _COPY)]
+        pairs.sort(key=lambda pair: -found[pair])
+        return [[ids[n], self.target_ids[j], float(found[n, j])] for n, j in pairs]
 
     def of(self, columns: list[int]) -> "GradientFacts":
         """Return the facts of some targets alone."""

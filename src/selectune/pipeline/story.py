@@ -36,6 +36,7 @@ from selectune.weights.delta import SparseDelta
 _SHOWN = 8
 _FEW_STEPS = 8  # of a warm-up, after which LoRA's lora_B has hardly moved
 _SHOWN_MAPS = 3
+_NEAR_SHOWN = 5
 _METRICS: tuple[Metric, ...] = ("answer_loss", "correct_norm", "correct_raw")
 
 
@@ -328,6 +329,14 @@ def _target_warnings(task: str, about: Mapping[str, Any]) -> list[str]:
         found.append(f"Task {task} uses rank {rank} of {n} targets: nothing is filtered.")
     if rank is not None and rank <= 3:
         found.append(f"Task {task} has rank {rank}: a cosine in so few dimensions saturates.")
+    near = about.get("near_targets", [])
+    if near:
+        told = ", ".join(f"{example} to {target}" for example, target, _ in near[:_NEAR_SHOWN])
+        more = f" and {len(near) - _NEAR_SHOWN} more" if len(near) > _NEAR_SHOWN else ""
+        found.append(
+            f"Gradients of the pool nearly equal those of targets of {task} (cosine above 0.999), "
+            f"as a copy's would: {told}{more}."
+        )
     squares = np.sort(np.square(about.get("target_norms", [])))[::-1]
     if len(squares) >= 8 and squares[: max(1, len(squares) // 10)].sum() > 0.5 * squares.sum():
         found.append(

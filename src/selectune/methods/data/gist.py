@@ -150,5 +150,6 @@ def score(evidence: Evidence, options: GistOptions) -> Scores:
         "energy_held": float(directions.energy[rank - 1]),
         "n_targets": len(gram),
         "target_norms": np.sqrt(np.clip(np.diag(facts.gram), 0, None)).tolist(),
+        "near_targets": facts.near_targets(evidence.ids),
     }
     return Scores("gist", evidence.ids, main, columns, best, about)

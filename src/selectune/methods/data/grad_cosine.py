@@ -38,5 +38,5 @@ def score(evidence: Evidence, options: GradCosineOptions) -> Scores:
     columns = {"norm": facts.norms.astype(np.float64)}
     columns |= {f"to:{j}": by_target[:, k] for k, j in enumerate(facts.target_ids)}
     best = tuple(facts.target_ids[k] for k in by_target.argmax(1))
-    about = {"n_targets": len(facts.gram)}
+    about = {"n_targets": len(facts.gram), "near_targets": facts.near_targets(evidence.ids)}
     return Scores("grad_cosine", evidence.ids, main, columns, best, about)
