@@ -225,13 +225,20 @@ def test_the_plan_says_what_checkpoints_cost(folder: Path) -> None:
     options = [*TWO, "score.options={projection: 'rademacher:64'}"]
     plan = Run(load_recipe(folder / "recipe.yaml", options), out=folder / "run").plan()
     text = "\n".join(plan.lines())
-    assert "passes      warm-up 0.4, gradients at 2 checkpoints 2" in text
+    assert (
+        "pool epochs 3.01: warm-up 0.4, gradients at 2 checkpoints 2, tune selected 0.305, "
+        "tune random 0.305; training once on everything is 1"
+    ) in text
     facts, before = plan.to_json(), plain.to_json()
     assert facts["disk_bytes"]["store"] == 2 * before["disk_bytes"]["store"]
     assert facts["memory_bytes"]["moments of Adam"] == 8 * facts["trainable"]["parameters"]
     assert facts["disk_bytes"]["checkpoints of the warm-up"] == 2 * 12 * 512
-    assert facts["pool_passes"] == {"warm-up": 0.4, "gradients at 2 checkpoints": 2.0}
-    assert before["pool_passes"] == {"warm-up": 0.2, "gradients": 1.0}
+    arms = {"tune selected": pytest.approx(2 * 9 / 59), "tune random": pytest.approx(2 * 9 / 59)}
+    assert facts["pool_epochs"] == {"warm-up": 0.4, "gradients at 2 checkpoints": 2.0, **arms}
+    assert before["pool_epochs"] == {"warm-up": 0.2, "gradients": 1.0, **arms}
+    scored_by = ["score.method=perplexity"]
+    forward = Run(load_recipe(folder / "recipe.yaml", scored_by), out=folder / "run").plan()
+    assert forward.to_json()["pool_epochs"] == {"base losses": 0.5, **arms}
     assert "projections" in facts["seconds"]
 
 

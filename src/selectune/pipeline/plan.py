@@ -28,6 +28,7 @@ from selectune.pipeline.outcome import Outcome
 from selectune.pipeline.prices import (
     Prices,
     choosing_seconds,
+    forward_share,
     n_answers,
     pass_price,
     training_seconds,
@@ -82,7 +83,7 @@ def make_plan(ground: Ground) -> Outcome:
         "method": foresee.facts(recipe.tune),
         "memory_bytes": memory,
         "disk_bytes": _disk(ground, n_scored, n_trained, asked),
-        "pool_passes": _passes(ground, asked),
+        "pool_epochs": _pool_epochs(ground, asked, n_chosen),
         "seconds": seconds,
     }
     return Outcome(facts, _lines(ground, facts, trained, foresee.told(ground, found.model)))
@@ -141,6 +142,26 @@ def _passes(ground: Ground, asked: Asked) -> dict[str, float]:
     if "hidden_states" in asked.needs:
         found["hidden states"] = 1.0
     return found
+
+
+def _arms(ground: Ground, n_chosen: int) -> dict[str, int]:
+    """Return how many examples each arm trains on."""
+    whole = len(ground.tokens.pool)
+    controls = ground.recipe.tune.controls
+    return {"selected": n_chosen} | {c: whole if c == FULL else n_chosen for c in controls}
+
+
+def _pool_epochs(ground: Ground, asked: Asked, n_chosen: int) -> dict[str, float]:
+    """Return work in units of training once on the whole pool, by cause, as the report has it."""
+    forward = forward_share(trains_weights=ground.recipe.adapter.kind == "full")
+    scoring = {
+        cause: n * (forward if cause in ("base losses", "hidden states") else 1.0)
+        for cause, n in _passes(ground, asked).items()
+    }
+    whole, epochs = len(ground.tokens.pool), ground.recipe.tune.epochs
+    return scoring | {
+        f"tune {arm}": epochs * n / whole for arm, n in _arms(ground, n_chosen).items()
+    }
 
 
 def view_bytes(ground: Ground, asked: Asked, n_scored: int) -> dict[str, int]:
@@ -274,8 +295,7 @@ def _seconds(
     if asked.view.projection.startswith("rademacher"):
         products = 2 * sum(scored.trained.values()) * int(asked.view.projection.split(":")[1])
         seconds["projections"] = asked.n_passes * len(pool) * products / prices.rate
-    n_runs = {"selected": n_chosen}
-    n_runs |= {c: len(pool) if c == FULL else n_chosen for c in tuning.controls}
+    n_runs = _arms(ground, n_chosen)
     if choosing := choosing_seconds(ground, tuning, found, prices, n_chosen, mean):
         seconds["weights"] = len(n_runs) * choosing
     if tuning.tokens is not None:
@@ -307,7 +327,7 @@ def _lines(
         f"targets     {targets}",
         f"held-out    {heldout}",
         f"budget      {facts['budget']} examples",
-        f"passes      {_told(facts['pool_passes'])}",
+        f"pool epochs {_told(facts['pool_epochs'])}",
         f"trains      {trainable['parameters']:,} parameters in {trainable['tensors']} tensors, "
         f"{share:.2%} of {trainable['of']:,}, on {facts['device']} in {facts['precision']}",
         *(f"            {name}  {n:,}" for name, n in list(trained.items())[:3]),
@@ -325,8 +345,9 @@ def _lines(
     return lines + [f"  {t.id}  {masked(preview(t, ground.tokenizer))}" for t in shown]
 
 
-def _told(passes: Mapping[str, float]) -> str:
-    return ", ".join(f"{cause} {n:.2g}" for cause, n in passes.items()) or "none to score"
+def _told(epochs: Mapping[str, float]) -> str:
+    parts = ", ".join(f"{cause} {n:.3g}" for cause, n in epochs.items())
+    return f"{sum(epochs.values()):.3g}: {parts}; training once on everything is 1"
 
 
 def cost_table(title: str, parts: Mapping[str, int | float], unit: int, name: str) -> list[str]:

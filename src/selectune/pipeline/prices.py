@@ -54,9 +54,18 @@ class Prices:
         Args:
             trains_weights: the weights themselves have gradients, not only what stands beside them.
         """
-        # 2 per weight and token forward, as many for the gradient of the activations, and again as
-        # many for that of the weights.
-        return self.forward * (3 if trains_weights else 2)
+        return self.forward / forward_share(trains_weights=trains_weights)
+
+
+def forward_share(*, trains_weights: bool) -> float:
+    """Return which part of a step's work its forward pass is.
+
+    Args:
+        trains_weights: the weights themselves have gradients, not only what stands beside them.
+    """
+    # 2 per weight and token forward, as many for the gradient of the activations, and again as
+    # many for that of the weights.
+    return 1 / (3 if trains_weights else 2)
 
 
 def trains_weights(ground: Ground, tuning: TuneSection, outlined: Outline) -> bool:

@@ -10,6 +10,7 @@ from selectune.evaluation import Evaluation, Metric, Verdict, compare_paired, me
 from selectune.pipeline.arms import SELECTED, TunedArm
 from selectune.pipeline.economy import told_fast
 from selectune.pipeline.ground import Ground
+from selectune.pipeline.prices import forward_share
 from selectune.pipeline.ranks import rank_correlation
 from selectune.pipeline.scoring import shares_passes
 from selectune.pipeline.warmup import epochs_run, n_warmup_steps
@@ -236,14 +237,15 @@ def _token_maps(ground: Ground, rows: Sequence[Mapping[str, Any]]) -> list[Token
 def _phases(ground: Ground, arms: Sequence[TunedArm]) -> list[Phase]:
     recipe, n_pool = ground.recipe, len(ground.tokens.pool)
     share = {arm.name: arm.n_examples / n_pool for arm in arms}
+    forward = forward_share(trains_weights=recipe.adapter.kind == "full")
     phases: list[Phase] = []
     for name, cost in ground.costs.items():
         kind, _, arm = name.partition(" ")
         epochs = {
             "warmup": recipe.warmup.fraction * epochs_run(ground),
             "gradients": 1.0,
-            "losses": 1 / 3,  # a forward pass without the backward one
-            "states": 1 / 3,
+            "losses": forward,
+            "states": forward,
             "tune": share.get(arm, 0.0) * recipe.tune.epochs,
         }.get(kind)
         phases.append(
