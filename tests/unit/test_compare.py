@@ -10,15 +10,17 @@ import pytest
 
 from selectune.cli import main
 from selectune.digests import digest
-from selectune.errors import ConfigError
+from selectune.errors import ConfigError, SelectionError, TrainingError
 from selectune.grid.cells import SELECTED, selected_file
 from selectune.grid.compare import ComparisonTable, compare, plan_grid
+from selectune.grid.together import share_grid
 from selectune.models import load_base
 from selectune.pipeline import arms, ground, prices
 from selectune.pipeline.arms import SELECTED as SELECTED_ARM
+from selectune.pipeline.processes import Part
 from selectune.pipeline.run import Run
 from selectune.progress import Silent
-from selectune.recipe import ModelSection, load_recipe
+from selectune.recipe import ModelSection, Recipe, load_recipe
 from selectune.selection import Scores
 from small_run import small_recipe
 
@@ -429,6 +431,54 @@ def test_a_row_takes_gradients_of_an_adapter_of_its_own_and_trains_as_the_others
     again = load_recipe(tmp_path / "run/cells/own-colours-seed-1/config.yaml")
     assert again.matrix is not None
     assert again.matrix.methods[0].adapter.rank == 1
+
+
+def test_a_learning_rate_that_diverges_is_out_of_the_race(folder: Path, tmp_path: Path) -> None:
+    words = ["matrix.methods=[random]", "matrix.targets=[colours]", "matrix.seeds=[0]"]
+
+    def race(rates: str) -> ComparisonTable:
+        given = [*words, f"matrix.tune.learning_rate={rates}", f"output={tmp_path}"]
+        recipe = load_recipe(folder / "recipe.yaml", given)
+        return compare(recipe, out=tmp_path, progress=Silent())
+
+    table = race("[1e37, 1e-2]")
+    tried = json.loads((tmp_path / "table.json").read_text())["tried"]
+    losses = {one["learning_rate"]: one["answer_loss"] for one in tried}
+    assert losses[1e37] is None
+    assert losses[1e-2] > 0
+    assert {row.learning_rate for row in table.rows if row.method == "random"} == {1e-2}
+    assert "training failed" in (tmp_path / "report.html").read_text()
+    with pytest.raises(TrainingError, match="random trains with no learning rate that was tried"):
+        race("[1e37, 9e36]")
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_cells_that_cannot_be_made_leave_all_others(
+    folder: Path, tmp_path: Path, *, is_shared: bool
+) -> None:
+    one = "{name: one, method: gist, options: {rank: 1}}"
+    words = ["matrix.targets=[colours]", "matrix.tune=null", f"output={tmp_path}"]
+
+    def recipe(methods: str) -> Recipe:
+        return load_recipe(folder / "recipe.yaml", [*words, f"matrix.methods={methods}"])
+
+    broken, whole = recipe(f"[{one}, length]"), recipe("[length]")
+    if is_shared:
+        share_grid(broken, out=tmp_path, part=Part(0, 1, "launch"), progress=Silent())
+    before = {path.name for path in tmp_path.glob("cells/*")}
+    names = {f"{name}-colours-seed-{seed}" for name in ("random", "length") for seed in (0, 1)}
+    assert before == (names if is_shared else set())
+    says = "2 of 6 cells cannot be made, so there is no table: GIST has rank 1"
+    with pytest.raises(SelectionError, match=says) as raised:
+        compare(broken, out=tmp_path, progress=Silent())
+    assert "one on colours, seed 0: target task colours" in raised.value.where
+    assert 'so with 1 others: "one on colours, seed 1"' in raised.value.where
+    assert {path.name for path in tmp_path.glob("cells/*")} == names
+    assert not (tmp_path / "table.json").exists()
+    trained = {path.name for path in tmp_path.glob("shared/tune/*")}
+    table = compare(whole, out=tmp_path, progress=Silent())
+    assert {row.method for row in table.rows} == {"base", "random", "length"}
+    assert {path.name for path in tmp_path.glob("shared/tune/*")} == trained
 
 
 def test_a_target_without_a_name_makes_cells_that_can_be_replayed(

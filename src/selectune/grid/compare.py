@@ -8,9 +8,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from selectune.errors import SelectuneError
 from selectune.evaluation import Evaluation
 from selectune.files import KillPoint, kill_point, lock, sweep, write_file
-from selectune.grid.grid import Grid
+from selectune.grid.grid import UNMADE, Grid
 from selectune.grid.story import write_page
 from selectune.grid.table import Cell, ComparisonTable, make_rows
 from selectune.pipeline.ground import digest
@@ -71,12 +72,19 @@ def compare(
                 (tell or progress.note)(line)
         bases = grid.bases()
         cells: dict[tuple[str, str, int], Cell] = {}
+        unmade: dict[str, SelectuneError] = {}
         for seed in grid.matrix.seeds:
             for tasks, method in grid.rows:
-                for task, cell in grid.cells(method, tasks, seed).items():
+                try:
+                    made = grid.cells(method, tasks, seed)
+                except UNMADE as error:
+                    unmade[f"{method.name} on {', '.join(tasks)}, seed {seed}"] = error
+                    continue
+                for task, cell in made.items():
                     cells[task, method.name, seed] = cell
                     progress.note(_progress_line(cells, task, method.name, seed, bases[task]))
             grid.release(seed)
+        _refuse_gaps(unmade, len(grid.rows) * len(grid.matrix.seeds))
         costs = grid.costs
         rows = make_rows(
             cells,
@@ -108,6 +116,27 @@ def compare(
         made = digest({"rows": [row.to_json() for row in table.rows]})
         record.write("compare", made, cost={}, files=files, facts={"costs": costs})
         return table
+
+
+def _refuse_gaps(unmade: Mapping[str, SelectuneError], n_asked: int) -> None:
+    """Refuse a table of which cells are missing, once all others are made."""
+    if not unmade:
+        return
+    first = next(iter(unmade.values()))
+    many = [] if len(unmade) == 1 else [f"so with {len(unmade) - 1} others: {_few(unmade)}"]
+    raise type(first)(
+        f"{len(unmade)} of {n_asked} cells cannot be made, so there is no table: {first.what}",
+        where="; ".join([f"{next(iter(unmade))}: {first.where}", *many]),
+        why=first.why,
+        do=f"{first.do}; or take the row out of the matrix. All other cells are kept: the same "
+        "command finds them",
+    ) from first
+
+
+def _few(unmade: Mapping[str, SelectuneError]) -> str:
+    others = list(unmade)[1:]
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    return ", ".join(f'"{name}"' for name in others[:5]) + more
 
 
 def _progress_line(

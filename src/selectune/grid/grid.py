@@ -16,8 +16,10 @@ Each cell leaves its numbers and a recipe of its own as soon as it is done (`sel
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from selectune.data import Example, content_key
-from selectune.errors import ConfigError, DataError
+from selectune.errors import ConfigError, DataError, SelectionError, TrainingError
 from selectune.evaluation import Evaluation, Generation
 from selectune.evaluation.generic_text import GenericLoss
 from selectune.evaluation.transfer import Scoring
@@ -54,6 +56,9 @@ from selectune.recipe.package import fitted
 from selectune.selection import Scores, Selection
 
 Tasks = tuple[str, ...]
+
+# What one cell can fail of while the others can be made.
+UNMADE = (SelectionError, TrainingError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,20 +373,35 @@ class Grid:
                 "tasks": list(tasks),
                 "learning_rate": rate,
                 "epochs": epochs,
-                "answer_loss": loss,
+                "answer_loss": loss if math.isfinite(loss) else None,
             }
             for (rate, epochs), loss in losses.items()
         ]
-        return min(losses, key=lambda key: (losses[key], key))
+        best = min(losses, key=lambda key: (losses[key], key))
+        if not math.isfinite(losses[best]):
+            raise TrainingError(
+                f"{method.name} trains with no learning rate that was tried",
+                where=f"matrix.tune, on {', '.join(tasks)}",
+                why="every training ended in numbers that are none, or moved no weight",
+                do="give matrix.tune.learning_rate other values, or set model.dtype=float32",
+            )
+        return best
 
     def trial(self, method: MatrixMethod, tasks: Tasks, setting: tuple[float, int]) -> float:
-        """Return the answer loss that a setting reaches on the targets held aside."""
+        """Return the answer loss that a setting reaches on the targets held aside.
+
+        It is infinite where training fails: such a setting is the worst, and no reason to stop.
+        """
         seed, (rate, epochs) = self.matrix.seeds[0], setting
         label = f"{method.name} lr {rate:g} epochs {epochs}"
-        _, arm = self.train(method, tasks, seed, setting, label)
-        ground = self.training_ground(seed, method)
-        questions = {task: self._aside[task] for task in tasks}
-        answers = rank_options(ground, Respondent.arm(ground, label, arm.path), questions)
+        try:
+            _, arm = self.train(method, tasks, seed, setting, label)
+            ground = self.training_ground(seed, method)
+            questions = {task: self._aside[task] for task in tasks}
+            answers = rank_options(ground, Respondent.arm(ground, label, arm.path), questions)
+        except TrainingError as error:
+            self.progress.note(f"{label} on {', '.join(tasks)} is out of the race: {error.what}")
+            return math.inf
         # Tasks count alike, however many targets they have.
         return float(np.mean([e.answer_loss for e in answers.values()]))
 
@@ -394,7 +414,8 @@ class Grid:
             if method.method != FULL and shares_passes(method.method):
                 ground = self.ground(seed, method)
                 ground.focus(self.groups[0])
-                score_pool(ground, method.method, dict(method.options))
+                with suppress(*UNMADE):  # told with the cells that want it
+                    score_pool(ground, method.method, dict(method.options))
 
     @property
     def _base(self) -> Respondent:

@@ -1,6 +1,6 @@
 """From a comparison's table to what its page shows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def _cell(row: Row) -> GridCell:
     )
 
 
-def _tried(one: dict[str, Any] | Any) -> tuple[str, str, float, int, float]:  # noqa: ANN401
+def _tried(one: Mapping[str, Any]) -> tuple[str, str, float, int, float | None]:
     tasks = ", ".join(one["tasks"])
     return (one["method"], tasks, one["learning_rate"], one["epochs"], one["answer_loss"])
 

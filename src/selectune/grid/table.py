@@ -137,7 +137,8 @@ class ComparisonTable:
         rows: by task, then by method.
         out: where `table.json`, `table.csv` and `table.md` lie.
         costs: seconds of each shared piece, by seed and step.
-        tried: answer loss on the targets held aside, by method, tasks and setting.
+        tried: answer loss on the targets held aside, by method, tasks and setting; None where
+            training failed.
         transfers: what tuning on one task did to the others, where that was asked for.
         texts: what it did to plain text, where the recipe names one.
         fast: with `score.fast`, how alike the ranks of a probe are, by method, tasks and seed.

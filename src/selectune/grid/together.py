@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from selectune.files import CLAIMS, Crew, share, write_file
-from selectune.grid.grid import Grid, Tasks
+from selectune.grid.grid import UNMADE, Grid, Tasks
 from selectune.pipeline.ground import digest
 from selectune.pipeline.processes import Part
 from selectune.pipeline.record import Record
@@ -165,5 +165,9 @@ class _Share:
             return
         with self._crew.claim(piece.name, 0) as is_ours:
             if is_ours and not piece.ended.exists():
-                piece.do()
+                try:
+                    piece.do()
+                except UNMADE as error:  # told by who goes over the grid afterwards
+                    self._grid.progress.note(f"{piece.name}: {error.what}")
+                    return
                 write_file(piece.ended, json.dumps({"name": piece.name}).encode())

@@ -293,9 +293,12 @@ def _settings(facts: GridFacts) -> Markup | None:
         cells = [facts.at(task, method) for task in tasks]
         rows.append([_name(method), *(_setting(cell) for cell in cells)])
     tried: list[list[Child]] = [
-        [_name(method), isolated(shortened(task, 40)), f"{rate:g}", str(epochs), decimal(loss)]
+        [
+            _name(method), isolated(shortened(task, 40)), f"{rate:g}", str(epochs),
+            "training failed" if loss is None else decimal(loss),
+        ]
         for method, task, rate, epochs, loss in facts.tried
-    ]
+    ]  # fmt: skip
     lede = (
         "Learning rate and epochs. Those that were chosen were chosen for every method alike, by "
         "the answer loss on targets held aside, on the first seed; held-out examples were not read."

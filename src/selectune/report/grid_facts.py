@@ -99,7 +99,8 @@ class GridFacts:
         cells: by task, then by method.
         transfers: what tuning on one task did to the others, where that was asked for.
         texts: what it did to plain text, likewise.
-        tried: answer loss on the targets held aside, by method, tasks, learning rate and epochs.
+        tried: answer loss on the targets held aside, by method, tasks, learning rate and epochs;
+            None where training failed.
         cells_folder: where each cell's recipe lies.
         notes: on the settings, such as how alike the ranks of cheaper gradient passes are.
         offsite: what tuning on emulators won, a table per metric.
@@ -110,7 +111,7 @@ class GridFacts:
     cells: Sequence[GridCell]
     transfers: Sequence[TransferFacts] = ()
     texts: Sequence[TextFacts] = ()
-    tried: Sequence[tuple[str, str, float, int, float]] = ()
+    tried: Sequence[tuple[str, str, float, int, float | None]] = ()
     cells_folder: str = ""
     notes: Sequence[str] = ()
     offsite: Sequence[OffsiteTable] = ()
