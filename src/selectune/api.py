@@ -166,6 +166,7 @@ def rescore(
     *,
     groups: Mapping[str, str] | None = None,
     task: str | None = None,
+    targets: Sequence[str] | None = None,
     **options: Any,  # noqa: ANN401
 ) -> Scores:
     """Score a pool anew from what a gradient pass left behind: no model, no data, no gradient.
@@ -176,11 +177,12 @@ def rescore(
         groups: subtasks by target id, for aggregates over subtasks; a target that is not named
             keeps its own.
         task: the target task whose targets count; None takes those of all tasks together.
+        targets: ids of those that count, in any order; None takes all of the task's.
         options: of the method, such as `aggregate="max_subtask_mean"`.
 
     Raises:
-        ConfigError: an unknown method, option, target or task, a method that reads more than that,
-            or no finished pass in the folder.
+        ConfigError: an unknown method, option, target or task, no target left, a method that reads
+            more than that, or no finished pass in the folder.
         CorruptFileError: a part of the pass is damaged.
     """
     entry = get("data_scorer", method)
@@ -206,6 +208,17 @@ def rescore(
     _refuse_unknown("target", sorted(groups or ()), stored.facts.target_ids, "groups")
     _refuse_unknown("task", [] if task is None else [task], stored.tasks, "task")
     facts = stored.facts if task is None else stored.of_task(task)
+    if targets is not None:
+        _refuse_unknown("target", targets, facts.target_ids, "targets")
+        if not targets:
+            raise ConfigError(
+                "no target is left to score by",
+                where="targets",
+                why="the list of their ids is empty",
+                do="name some, or leave targets out for all of them",
+            )
+        kept = frozenset(targets)
+        facts = facts.of([j for j, i in enumerate(facts.target_ids) if i in kept])
     return entry.function(Evidence(stored.ids, stored.n_target_tokens, gradients=facts), parsed)
 
 

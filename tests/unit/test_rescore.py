@@ -83,6 +83,20 @@ def test_rescoring_equals_scoring_anew_for_every_rank_and_aggregate(
     assert len(seen) >= 8  # the options decide
 
 
+@pytest.mark.parametrize("method", ["gist", "grad_cosine"])
+def test_some_of_the_targets_equal_a_run_that_has_no_others(mixed: Path, method: str) -> None:
+    rows = (mixed / "mixed.jsonl").read_text().splitlines(keepends=True)
+    (mixed / "some.jsonl").write_text("".join(rows[1:12:2]))
+    changes = [f"data.target={{mixed: {mixed}/some.jsonl}}", f"score.method={method}"]
+    run = Run(load_recipe(mixed / "recipe.yaml", changes), out=mixed / f"some-{method}")
+    expected = score_pool(run.ground, method, {})
+    some = [name.removeprefix("to:") for name in expected.columns if name.startswith("to:")]
+    found = selectune.rescore(method, mixed / "both", task="mixed", targets=some[::-1])
+    assert len(some) == 6
+    assert set(found.columns) == set(expected.columns)
+    np.testing.assert_allclose(found.score, expected.score, rtol=1e-4, atol=1e-5)
+
+
 def test_new_groups_equal_a_run_whose_targets_have_them(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "target.jsonl").read_text().splitlines()]
     before = selectune.rescore("gist", folder / "run", aggregate="max_subtask_mean")
@@ -104,6 +118,8 @@ def test_new_groups_equal_a_run_whose_targets_have_them(folder: Path) -> None:
         ({"run": "model"}, "no finished gradient pass"),
         ({"groups": {"nobody": "a"}}, '"nobody" is no target of this pass'),
         ({"task": "colour"}, 'did you mean "colours"'),
+        ({"targets": ["nobody"]}, '"nobody" is no target of this pass'),
+        ({"targets": []}, "no target is left to score by"),
     ],
 )
 def test_what_a_store_cannot_answer_is_refused(
