@@ -6,6 +6,7 @@ A verb that trains needs five seconds of imports and one of work; crashes are tr
         done = cli("run", recipe, env={CRASH_AT: "warmup.done:1:KILL"})
 """
 
+import importlib
 import json
 import os
 import resource
@@ -30,13 +31,20 @@ class Done:
 
 
 class WarmCli:
-    """Runs commands one after the other, each in a fork of one warm process."""
+    """Runs commands one after the other, each in a fork of one warm process.
+
+    Args:
+        imports: further modules that are there already.
+    """
+
+    def __init__(self, *imports: str) -> None:
+        self._imports = imports
 
     def __enter__(self) -> "WarmCli":
         # Libraries read this when they are imported, which here is before any command.
         quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *self._imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -55,10 +63,21 @@ class WarmCli:
         self._server.wait(timeout=60)
 
     def __call__(
-        self, *arguments: str | Path, env: Mapping[str, str] | None = None, max_bytes: int = 0
+        self,
+        *arguments: str | Path,
+        env: Mapping[str, str] | None = None,
+        max_bytes: int = 0,
+        cwd: str | Path = ".",
     ) -> Done:
         """Run one command; no file of it may grow beyond `max_bytes`, where that is not 0."""
-        job = {"argv": [*map(str, arguments)], "env": dict(env or {}), "max_bytes": max_bytes}
+        words = [*map(str, arguments)]
+        return self._do(argv=words, env=dict(env or {}), max_bytes=max_bytes, cwd=str(cwd))
+
+    def python(self, code: str, *, cwd: str | Path) -> Done:
+        """Run a program in Python, in a folder."""
+        return self._do(code=code, cwd=str(cwd))
+
+    def _do(self, **job: object) -> Done:
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         return Done(**json.loads(self._server.stdout.readline()))
@@ -72,6 +91,8 @@ def main() -> None:
 
     import selectune.training  # noqa: F401
 
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
         with tempfile.TemporaryDirectory(prefix="selectune-warm-") as name:
@@ -95,14 +116,13 @@ def _run(job: dict, folder: Path) -> NoReturn:
     try:
         for fd, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), fd)
-        os.environ.update(job["env"])
-        if job["max_bytes"]:
+        os.chdir(job["cwd"])
+        os.environ.update(job.get("env", {}))
+        if job.get("max_bytes"):
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["max_bytes"], hard))
-        from selectune.cli import main as cli
-
         try:
-            code = cli(job["argv"])
+            code = _exec(job["code"]) if "code" in job else _command(job["argv"])
         except Exception:
             sys.excepthook(*sys.exc_info())  # as the interpreter would, were it the end
             code = 1
@@ -110,10 +130,21 @@ def _run(job: dict, folder: Path) -> NoReturn:
 
         sys.stdout.flush()
         sys.stderr.flush()
-        if not job["max_bytes"]:
+        if not job.get("max_bytes"):
             (folder / "passes").write_text(json.dumps(passes))
     finally:
         os._exit(code)
+
+
+def _command(words: list[str]) -> int:
+    from selectune.cli import main as cli
+
+    return cli(words)
+
+
+def _exec(code: str) -> int:
+    exec(code, {"__name__": "__main__"})  # noqa: S102
+    return 0
 
 
 if __name__ == "__main__":

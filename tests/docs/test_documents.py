@@ -6,13 +6,17 @@ document are executed in order, in a folder made by `workspace.make_workspace` a
 `bash show` and `python show` (installing, signatures) are only read; `yaml recipe` must load.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from socketserver import StreamRequestHandler, UnixStreamServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ import yaml
 
 from guard.sitecustomize import SHOWS_BITSANDBYTES
 from unit.interchange.test_bergson import make_index, make_scores
+from warm import WarmCli
 from workspace import make_workspace
 
 ROOT = Path(__file__).parents[2]
@@ -79,24 +84,62 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program where `selectune` is this checkout's, and return what it said."""
-    programs = folder / ".programs"
-    programs.mkdir(exist_ok=True)
-    modules = {"selectune": "-m selectune", "torchrun": "-m torch.distributed.run", "python": ""}
-    for name, words_of in modules.items():
-        shim = programs / name
-        shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words_of} "$@"\n')
-        shim.chmod(0o755)
-    environment = {
-        **os.environ,
-        **({SHOWS_BITSANDBYTES: "1"} if "BitsAndBytes" in words[-1] else {}),
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "XDG_CACHE_HOME": str(folder / ".cache"),
+# Stands for `selectune` in a shell: hands its words on to a warm process, and says what that says.
+CLIENT = """#!{python} -SE
+import json, os, socket, sys
+asked = socket.socket(socket.AF_UNIX)
+asked.connect({address!r})
+asked.sendall(json.dumps([os.getcwd(), *sys.argv[1:]]).encode() + b"\\n")
+answer = json.loads(asked.makefile().readline())
+sys.stdout.write(answer["out"])
+sys.stderr.write(answer["err"])
+sys.exit(answer["code"])
+"""
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[WarmCli]:
+    """Return a process that has imported what the documents do, five to ten seconds a block."""
+    with WarmCli("datasets", "trl", "selectune.pipeline.run", "selectune.report") as cli:
+        yield cli
+
+
+@contextmanager
+def programs(folder: Path, warm: WarmCli) -> Iterator[dict[str, str]]:
+    """Yield an environment in which `selectune` is this checkout's, and warm."""
+    address = folder / "socket"
+
+    class Hand(StreamRequestHandler):
+        def handle(self) -> None:
+            cwd, *words = json.loads(self.rfile.readline())
+            done = warm(*words, cwd=cwd, env={"XDG_CACHE_HOME": str(folder / ".cache")})
+            self.wfile.write(json.dumps(asdict(done)).encode() + b"\n")
+
+    place = folder / ".programs"
+    place.mkdir()
+    shims = {
+        "selectune": CLIENT.format(python=sys.executable, address=str(address)),
+        "torchrun": f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n',
     }
-    return subprocess.run(
-        words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    for name, text in shims.items():
+        (place / name).write_text(text)
+        (place / name).chmod(0o755)
+    with UnixStreamServer(str(address), Hand) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield {
+            **os.environ,
+            "PATH": f"{place}{os.pathsep}{os.environ['PATH']}",
+            "XDG_CACHE_HOME": str(folder / ".cache"),
+        }
+        server.shutdown()
+
+
+def run(words: list[str], folder: Path, env: Mapping[str, str]) -> tuple[int, str]:
+    """Run a program in a process of its own, and return its code and what it said."""
+    done = subprocess.run(
+        words, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
+    return done.returncode, f"{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -111,20 +154,28 @@ def test_every_shell_and_python_block_says_whether_it_runs(document: Path) -> No
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_the_blocks_of_a_document_run_in_order(document: Path, tmp_path: Path) -> None:
+def test_the_blocks_of_a_document_run_in_order(
+    document: Path, warm: WarmCli, tmp_path: Path
+) -> None:
     runnable = [block for block in blocks(document) if block.use in ("run", "more")]
     if not runnable:
         return
     make_workspace(tmp_path)
     BEFORE.get(name_of(document), lambda folder: None)(tmp_path)
     typed = ""  # of Python, since the last block that stands alone
-    for block in runnable:
-        interpreter = ["bash", "-euo", "pipefail", "-c", block.text]
-        if block.language == "python":
-            typed = block.text if block.use == "run" else typed + block.text
-            interpreter = [sys.executable, "-c", typed]
-        done = run(interpreter, tmp_path)
-        assert done.returncode == 0, f"{document.name}:{block.line}\n{done.stdout}\n{done.stderr}"
+    with programs(tmp_path, warm) as env:
+        for block in runnable:
+            if block.language == "python":
+                typed = block.text if block.use == "run" else typed + block.text
+            if block.language == "bash":
+                code, said = run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path, env)
+            elif "BitsAndBytes" in typed:
+                shown = {**env, SHOWS_BITSANDBYTES: "1"}
+                code, said = run([sys.executable, "-c", typed], tmp_path, shown)
+            else:
+                done = warm.python(typed, cwd=tmp_path)
+                code, said = done.code, f"{done.out}\n{done.err}"
+            assert code == 0, f"{document.name}:{block.line}\n{said}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
