@@ -1,5 +1,6 @@
 """What every test gets: no network, one thread, the same random numbers each time."""
 
+import gc
 import os
 import random
 import sys
@@ -38,6 +39,16 @@ os.environ.update(
 # No wall clock decides a test, and each run draws the same cases.
 settings.register_profile("selectune", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("selectune")
+
+
+def pytest_collection_finish() -> None:
+    """Hide from garbage collection what is there by now: modules, and the tests themselves.
+
+    Each training ends in a full collection, by accelerate, which would look through a million of
+    objects that never go.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

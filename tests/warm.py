@@ -6,6 +6,7 @@ A verb that trains needs five seconds of imports and one of work; crashes are tr
         done = cli("run", recipe, env={CRASH_AT: "warmup.done:1:KILL"})
 """
 
+import gc
 import importlib
 import json
 import os
@@ -93,6 +94,8 @@ def main() -> None:
 
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # each training ends in a full collection
     for line in sys.stdin:
         job = json.loads(line)
         with tempfile.TemporaryDirectory(prefix="selectune-warm-") as name:
