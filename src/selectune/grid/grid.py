@@ -36,7 +36,8 @@ from selectune.files.disk import remove
 from selectune.grid.cells import cell_folder, chosen_scores, replay, write_cell
 from selectune.grid.offsite import Emulators, fitted_rows
 from selectune.grid.plan import Work, forecast
-from selectune.grid.table import ALL_TASKS, RANDOM, Cell
+from selectune.grid.rows import references_of, rows_of
+from selectune.grid.table import ALL_TASKS, Cell
 from selectune.grid.text_table import TextRow, text_rows
 from selectune.grid.transfer_table import TransferRow, transfer_rows
 from selectune.models import choose_device
@@ -50,7 +51,7 @@ from selectune.pipeline.reselection import Source
 from selectune.pipeline.scoring import evidence_steps, score_pool, shares_passes
 from selectune.pipeline.warmup import checkpoint_epochs, epochs_needed, epochs_run
 from selectune.progress import Progress
-from selectune.recipe import MatrixMethod, MatrixSection, Recipe, SelectChoice, TuneSection
+from selectune.recipe import MatrixMethod, Recipe, TuneSection
 from selectune.recipe.methods import FULL
 from selectune.recipe.package import fitted
 from selectune.selection import Scores, Selection
@@ -98,7 +99,7 @@ class Grid:
         matrix = recipe.matrix
         self.recipe, self.matrix, self.out, self.progress = recipe, matrix, out, progress
         self.hands = hands or Alone()
-        self.methods = _methods(matrix, recipe.select.budget)
+        self.methods = rows_of(matrix, recipe.select.budget)
         self._grounds: dict[tuple[int, str], Ground] = {}
         self._settings: dict[tuple[str, Tasks], tuple[float, int]] = {}
         self.tried: list[dict[str, Any]] = []
@@ -220,13 +221,7 @@ class Grid:
     @property
     def references(self) -> dict[str, str]:
         """What each row is compared with: random at its budget."""
-        usual = self.recipe.select.budget
-        random = {
-            _budget(m, usual): m.name
-            for m in reversed(self.methods)
-            if m == _random(m.name, m.select)
-        }
-        return {m.name: random[_budget(m, usual)] for m in self.methods}
+        return references_of(self.methods, self.recipe.select.budget)
 
     @property
     def groups(self) -> list[Tasks]:
@@ -629,65 +624,3 @@ def _told(answers: Mapping[str, Evaluation | Generation]) -> dict[str, Any]:
 
 def _hashed(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def _random(name: str, select: SelectChoice | None) -> MatrixMethod:
-    return MatrixMethod(name=name, method=RANDOM, select=select)
-
-
-def _budget(method: MatrixMethod, usual: int | float | str) -> int | float | str:
-    own = None if method.select is None else method.select.budget
-    return usual if own is None or method.method == FULL else own
-
-
-def _methods(matrix: MatrixSection, usual: int | float | str) -> list[MatrixMethod]:
-    """Return the rows: each with every budget that the matrix names, and random beside each.
-
-    Args:
-        matrix: of a recipe.
-        usual: `select.budget`.
-    """
-    given = [
-        m if isinstance(m, MatrixMethod) else MatrixMethod(name=m, method=m) for m in matrix.methods
-    ]
-    methods: list[MatrixMethod] = []
-    for row in given:
-        is_random = row == _random(RANDOM, None)
-        if not matrix.budgets or is_random or row.method == FULL or _budget(row, "") != "":
-            methods.append(row)
-            continue
-        own = row.select or SelectChoice()
-        for budget in matrix.budgets:
-            select = own.model_copy(update={"budget": budget})
-            changes = {"name": f"{row.name}, {budget}", "select": select}
-            methods.append(row.model_copy(update=changes))
-    if RANDOM not in [m.name for m in methods]:
-        methods.insert(0, _random(RANDOM, None))
-    there = {_budget(m, usual) for m in methods if m == _random(m.name, m.select)}
-    place = [m.name for m in methods].index(RANDOM)
-    for budget in dict.fromkeys(_budget(m, usual) for m in methods):
-        if budget not in there:
-            place += 1
-            select = SelectChoice(budget=budget)
-            methods.insert(place, _random(f"{RANDOM}, {budget}", select))
-    for method in methods:
-        is_plain = method == _random(RANDOM, None)
-        if method.name == BASE or (method.name == RANDOM and not is_plain):
-            raise ConfigError(
-                f'a row of the matrix is called "{method.name}"',
-                where="matrix.methods",
-                why="that is the untouched model"
-                if method.name == BASE
-                else "that is what every row is compared with: plain training on a random draw",
-                do="give it another name",
-            )
-    names = [m.name for m in methods]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(
-            f'two methods of the matrix are called "{twice[0]}"',
-            where="matrix.methods",
-            why="a name is a row of the table",
-            do="give them different names",
-        )
-    return methods
