@@ -23,9 +23,10 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
     [*ROOT.glob("src/selectune/recipes/*.y*ml"), *ROOT.glob("benchmarks/recipes/*.y*ml")]
 )
-SIZES = {"pool": 12, "target": 8, "heldout": 4}  # rows of each task
+SIZES = {"pool": 8, "target": 8, "heldout": 4}  # rows of each task
 BUDGET = "select.budget=0.1"  # some ask for more examples than there are
-SMALL = (BUDGET, "tune.epochs=1", "tune.batch_size=2", "evaluate.intervals=200")
+SMALL = (BUDGET, "tune.epochs=1", "tune.batch_size=4", "evaluate.intervals=200")
+AGAIN = "-0.4"  # compressors that stand there a second time, at a smaller size
 BLOCKS = ("matrix.emulate.calibration_blocks=2", "matrix.emulate.block_tokens=16")
 
 
@@ -33,7 +34,7 @@ BLOCKS = ("matrix.emulate.calibration_blocks=2", "matrix.emulate.block_tokens=16
 def demos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DemoAssets]:
     """Return what stands for the demo's parts, by mix."""
     root = tmp_path_factory.mktemp("demo")
-    save_model(root / "model", n_layers=8)  # four are an emulator's adapter
+    save_model(root / "model", n_layers=6)  # four are an emulator's adapter
     config = root / "model/config.json"
     longer = {**json.loads(config.read_text()), "max_position_embeddings": 2048}
     config.write_text(json.dumps(longer))  # the default data.max_length is past the tiny model's
@@ -74,10 +75,13 @@ def run_small(recipe: Path, out: Path) -> Recipe:
         small = load_recipe(recipe, [*SMALL, f"output={out}"])
         Run(small, out=out).all()
         return small
-    tasks = list(whole.matrix.targets) or list(whole.data.target)
-    few = tasks[:2] if whole.matrix.transfer else tasks[:1]  # a transfer goes from one to another
-    one = ("matrix.seeds=[0]", "matrix.tune.learning_rate=[1e-3]", f"matrix.targets={few}")
+    task = (list(whole.matrix.targets) or list(whole.data.target))[0]
+    one = ("matrix.seeds=[0]", "matrix.tune.learning_rate=[1e-3]", f"matrix.targets=[{task}]")
     small = load_recipe(recipe, [*SMALL, *blocks_of(recipe), *one, f"output={out}"])
+    assert small.matrix is not None
+    rows = [m for m in small.matrix.methods if isinstance(m, str) or not m.name.endswith(AGAIN)]
+    matrix = small.matrix.model_copy(update={"methods": rows})
+    small = small.model_copy(update={"matrix": matrix})
     compare(small, out=out, progress=Silent())
     return small
 
