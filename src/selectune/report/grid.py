@@ -1,6 +1,7 @@
 """The page of a comparison: which methods beat random, on which tasks, at what price."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from selectune.evaluation import Interval
@@ -24,6 +25,7 @@ from selectune.report.page import document
 from selectune.report.scatter import Across, Point, scatter
 
 NAME = "report.html"
+_MOST_NAMED = 5  # methods in a headline
 _LOSS = metric("answer_loss")
 
 
@@ -56,22 +58,32 @@ def render(facts: GridFacts) -> str:
     )
 
 
+def _few(methods: Sequence[str]) -> str:
+    """Return the names of some methods as a headline holds them; the table names them all."""
+    names = [shortened(m, 40) for m in methods]
+    if len(names) > _MOST_NAMED:
+        names = [*names[: _MOST_NAMED - 1], f"{len(names) - _MOST_NAMED + 1} others"]
+    return listed(names)
+
+
 def _verdict(facts: GridFacts) -> Markup:
     found = {m: facts.at(facts.main_task, m).tone for m in facts.rivals}
-    better = [m for m, tone in found.items() if tone == "good"]
+    # The best first; the worst first too, of what is worse.
+    far = {m: abs((facts.at(facts.main_task, m).against_random or (0.0,))[0]) for m in found}
+    better = sorted((m for m in found if found[m] == "good"), key=far.__getitem__, reverse=True)
     where = "all tasks together" if facts.main_task == ALL_TASKS else facts.main_task
     if not facts.rivals:
         tone, headline = "even", "Random is all there is."
     elif better:
         tone = "good"
-        headline = f"Better than random: {listed([shortened(m, 40) for m in better])}."
+        headline = f"Better than random: {_few(better)}."
     else:
         tone, headline = "even", "No method is better than random."
-    worse = [m for m, tone in found.items() if tone == "bad"]
+    worse = sorted((m for m in found if found[m] == "bad"), key=far.__getitem__, reverse=True)
     said = [
         f"By answer loss on {where}, {count(len(facts.seeds), 'seed')}, where the 95 % interval "
         "leaves no doubt.",
-        f"Worse than random: {listed([shortened(m, 40) for m in worse])}." if worse else "",
+        f"Worse than random: {_few(worse)}." if worse else "",
         "One seed says nothing about the noise of training." if len(facts.seeds) == 1 else "",
     ]
     return tag(

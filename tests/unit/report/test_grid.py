@@ -31,6 +31,24 @@ def test_a_tone_needs_an_interval_that_leaves_zero_out(
     assert GridCell(task="t", method="m", losses=[1.0], against_random=ends).tone == tone
 
 
+def test_a_headline_names_the_best_and_counts_the_others() -> None:
+    facts = full_grid()
+    cells = [
+        replace(cell, method=f"gist {k}", against_random=(-0.1 * k, -0.1 * k - 0.05, -0.04))
+        for cell in facts.cells
+        for k in range(1, 8)
+        if cell.method == "gist"
+    ]
+    for n, says in (
+        (7, "gist 7, gist 6, gist 5, gist 4 and 3 others."),
+        (5, "gist 5, gist 4, gist 3, gist 2 and gist 1."),
+    ):
+        others = [cell for cell in facts.cells if cell.method != "gist"]
+        few = [cell for cell in cells if int(cell.method[-1]) <= n]
+        text = Page(render(replace(facts, cells=[*others, *few]))).text
+        assert f"Better than random: {says}" in text
+
+
 def test_nobody_better_is_said_plainly() -> None:
     facts = full_grid()
     cells = [
