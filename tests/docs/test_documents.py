@@ -126,12 +126,14 @@ def programs(folder: Path, warm: WarmCli) -> Iterator[dict[str, str]]:
         (place / name).chmod(0o755)
     with UnixStreamServer(str(address), Hand) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield {
-            **os.environ,
-            "PATH": f"{place}{os.pathsep}{os.environ['PATH']}",
-            "XDG_CACHE_HOME": str(folder / ".cache"),
-        }
-        server.shutdown()
+        try:
+            yield {
+                **os.environ,
+                "PATH": f"{place}{os.pathsep}{os.environ['PATH']}",
+                "XDG_CACHE_HOME": str(folder / ".cache"),
+            }
+        finally:
+            server.shutdown()
 
 
 def run(words: list[str], folder: Path, env: Mapping[str, str]) -> tuple[int, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-_COPY = 0.999  # cosine of two gradients from which on their examples may be one
+COPY = 0.999  # cosine of two gradients above which their examples may be one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,20 +34,6 @@ class GradientFacts:
         scale = norms[:, None] * np.sqrt(np.clip(np.diag(self.gram), 0, None))
         return np.divide(self.dots, scale, out=np.zeros(self.dots.shape), where=scale > 0)
 
-    def near_targets(self, ids: Sequence[str]) -> list[list[str | float]]:
-        """Return the examples whose gradient is nearly a target's, as that of a copy would be.
-
-        Args:
-            ids: of the examples, in the order of the rows.
-
-        Returns:
-            Example, target and their cosine where it is above 0.999, the highest first.
-        """
-        found = self.cosines
-        pairs = [(int(n), int(j)) for n, j in np.argwhere(found > _COPY)]
-        pairs.sort(key=lambda pair: -found[pair])
-        return [[ids[n], self.target_ids[j], float(found[n, j])] for n, j in pairs]
-
     def of(self, columns: list[int]) -> "GradientFacts":
         """Return the facts of some targets alone."""
         return GradientFacts(
@@ -57,6 +43,24 @@ class GradientFacts:
             tuple(self.target_ids[j] for j in columns),
             tuple(self.groups[j] for j in columns),
         )
+
+
+def near_targets(
+    cosines: Float[np.ndarray, "n m"], ids: Sequence[str], target_ids: Sequence[str]
+) -> list[list[str | float]]:
+    """Return the examples whose gradient is nearly a target's, as that of a copy would be.
+
+    Args:
+        cosines: of examples and targets in the whole space, `GradientFacts.cosines`.
+        ids: of the examples.
+        target_ids: of the targets.
+
+    Returns:
+        Example, target and their cosine where it is above `COPY`, the highest first.
+    """
+    pairs = [(int(n), int(j)) for n, j in np.argwhere(cosines > COPY)]
+    pairs.sort(key=lambda pair: -cosines[pair])
+    return [[ids[n], target_ids[j], float(cosines[n, j])] for n, j in pairs]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,7 @@ cells/<method>-<task>-seed-<n>/cell.json         numbers, by the task asked abou
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ from selectune.selection import Scores, Selection
 
 CELLS, SELECTED = "cells", "selected.parquet"
 _WHOLE = {"layers": None, "max_length": None, "precision": None, "fast": False}
+
+
+def cell_name(method: str, tasks: Sequence[str], seed: int) -> str:
+    """Return what a cell is called in messages."""
+    return f"{method} on {', '.join(tasks)}, seed {seed}"
 
 
 def cell_folder(out: Path, method: str, tasks: tuple[str, ...], seed: int) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from selectune.errors import SelectuneError
 from selectune.evaluation import Evaluation
 from selectune.files import KillPoint, kill_point, lock, sweep, write_file
+from selectune.grid.cells import cell_name
 from selectune.grid.grid import UNMADE, Grid
 from selectune.grid.story import write_page
 from selectune.grid.table import Cell, ComparisonTable, make_rows
@@ -19,6 +20,8 @@ from selectune.pipeline.outcome import Outcome
 from selectune.pipeline.record import Record
 from selectune.progress import Progress
 from selectune.recipe import Recipe
+
+_OTHERS_NAMED = 5
 
 
 def plan_grid(recipe: Recipe, *, out: Path, progress: Progress) -> Outcome:
@@ -78,7 +81,7 @@ def compare(
                 try:
                     made = grid.cells(method, tasks, seed)
                 except UNMADE as error:
-                    unmade[f"{method.name} on {', '.join(tasks)}, seed {seed}"] = error
+                    unmade[cell_name(method.name, tasks, seed)] = error
                     continue
                 for task, cell in made.items():
                     cells[task, method.name, seed] = cell
@@ -122,21 +125,19 @@ def _refuse_gaps(unmade: Mapping[str, SelectuneError], n_asked: int) -> None:
     """Refuse a table of which cells are missing, once all others are made."""
     if not unmade:
         return
-    first = next(iter(unmade.values()))
-    many = [] if len(unmade) == 1 else [f"so with {len(unmade) - 1} others: {_few(unmade)}"]
+    (name, first), *others = unmade.items()
+    where = f"{name}: {first.where}"
+    if others:
+        told = ", ".join(f'"{other}"' for other, _ in others[:_OTHERS_NAMED])
+        more = f" and {len(others) - _OTHERS_NAMED} more" if len(others) > _OTHERS_NAMED else ""
+        where += f"; so with {len(others)} others: {told}{more}"
     raise type(first)(
         f"{len(unmade)} of {n_asked} cells cannot be made, so there is no table: {first.what}",
-        where="; ".join([f"{next(iter(unmade))}: {first.where}", *many]),
+        where=where,
         why=first.why,
         do=f"{first.do}; or take the row out of the matrix. All other cells are kept: the same "
         "command finds them",
     ) from first
-
-
-def _few(unmade: Mapping[str, SelectuneError]) -> str:
-    others = list(unmade)[1:]
-    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-    return ", ".join(f'"{name}"' for name in others[:5]) + more
 
 
 def _progress_line(

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from selectune.files import CLAIMS, Crew, share, write_file
+from selectune.grid.cells import cell_name
 from selectune.grid.grid import UNMADE, Grid, Tasks
 from selectune.pipeline.ground import digest
 from selectune.pipeline.processes import Part
@@ -152,7 +153,7 @@ class _Share:
                 grid.progress.note(f"{task} {method.name} seed {seed}: answer loss {loss:.3f}")
 
         facts = {"method": method.model_dump(mode="json"), "tasks": tasks, "seed": seed}
-        name = f"{method.name} on {', '.join(tasks)}, seed {seed}"
+        name = cell_name(method.name, tasks, seed)
         return self._piece(name, {**facts, "tested": grid.tested(tasks)}, do)
 
     def _piece(self, name: str, facts: dict[str, object], do: Callable[[], object]) -> _Piece:

@@ -167,7 +167,7 @@ class Ground:
         """
         section = self.assets.model
         # What trains on an emulator goes back to the model: its start is not to be rounded.
-        as_stored = model_is_package(section.base) and self._numerics["precision"] != "float32"
+        as_stored = model_is_package(section.base) and self._precision != "float32"
         base = load_base(section, adapter=self.recipe.adapter, as_stored=as_stored)
         if base.fingerprint != (self.expected_base or base.fingerprint):
             raise IncompatibleRunError(
@@ -216,15 +216,18 @@ class Ground:
         return False
 
     @property
+    def _precision(self) -> str:
+        section = self.assets.model
+        return choose_precision(section.dtype, choose_device(section.device))
+
+    @property
     def _numerics(self) -> dict[str, Any]:
         """What decides the numbers of a training, beside its examples and options."""
-        section = self.assets.model
-        device = choose_device(section.device)
         return {
             "seed": self.recipe.seed,
             "pad_id": pad_id_of(self.tokenizer),
-            "precision": choose_precision(section.dtype, device),
-            "device": device.type,
+            "precision": self._precision,
+            "device": choose_device(self.assets.model.device).type,
         }
 
     def trained(

@@ -7,6 +7,7 @@ import numpy as np
 
 from selectune.data import Example
 from selectune.evaluation import Evaluation, Metric, Verdict, compare_paired, mean_interval
+from selectune.gradients.facts import COPY
 from selectune.pipeline.arms import SELECTED, TunedArm
 from selectune.pipeline.economy import told_fast
 from selectune.pipeline.ground import Ground
@@ -336,7 +337,7 @@ def _target_warnings(task: str, about: Mapping[str, Any]) -> list[str]:
         told = ", ".join(f"{example} to {target}" for example, target, _ in near[:_NEAR_SHOWN])
         more = f" and {len(near) - _NEAR_SHOWN} more" if len(near) > _NEAR_SHOWN else ""
         found.append(
-            f"Gradients of the pool nearly equal those of targets of {task} (cosine above 0.999), "
+            f"Gradients of the pool nearly equal those of targets of {task} (cosine above {COPY}), "
             f"as a copy's would: {told}{more}."
         )
     squares = np.sort(np.square(about.get("target_norms", [])))[::-1]

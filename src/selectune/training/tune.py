@@ -391,17 +391,21 @@ def find_tuned(
     options: TuneSection,
     *,
     output: Path,
-    seed: int,
-    pad_id: int,
-    precision: str,
-    device: str,
-    fingerprint: str,
     method: Method | None = None,
     target: Sequence[Tokens] = (),
+    **rest: object,
 ) -> TuneResult | None:
     """Return what `tune` left in `output` for the same arguments; None where it left nothing.
 
     No model is needed: where its weights started follows from `fingerprint` and `seed`.
+
+    Args:
+        items: as all the others, what `tune` was given.
+        options: how to train.
+        output: its folder.
+        method: that acted during training.
+        target: the target examples.
+        rest: seed, pad_id, precision, device and fingerprint.
 
     Raises:
         CorruptFileError: the result is damaged.
@@ -417,12 +421,8 @@ def find_tuned(
         start=found["start"],
         method=method,
         target=target,
-        fingerprint=fingerprint,
-        seed=seed,
-        pad_id=pad_id,
-        precision=precision,
-        device=device,
         stop_after_epochs=None,
+        **rest,
     )
     return _read(opened) if found == wanted else None
 

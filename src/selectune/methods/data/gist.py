@@ -23,7 +23,7 @@ from jaxtyping import Float
 from pydantic import Field
 
 from selectune.errors import SelectionError
-from selectune.gradients.facts import GradientFacts
+from selectune.gradients.facts import GradientFacts, near_targets
 from selectune.gradients.subspace import Spectrum, rank_of, spectrum
 from selectune.methods.evidence import Evidence
 from selectune.recipe.sections import RANK_RULE
@@ -150,6 +150,6 @@ def score(evidence: Evidence, options: GistOptions) -> Scores:
         "energy_held": float(directions.energy[rank - 1]),
         "n_targets": len(gram),
         "target_norms": np.sqrt(np.clip(np.diag(facts.gram), 0, None)).tolist(),
-        "near_targets": facts.near_targets(evidence.ids),
+        "near_targets": near_targets(facts.cosines, evidence.ids, facts.target_ids),
     }
     return Scores("gist", evidence.ids, main, columns, best, about)

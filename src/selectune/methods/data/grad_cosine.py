@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from selectune.gradients.facts import near_targets
 from selectune.methods.evidence import Evidence
 from selectune.registry import data_scorer
 from selectune.selection import Scores
@@ -38,5 +39,6 @@ def score(evidence: Evidence, options: GradCosineOptions) -> Scores:
     columns = {"norm": facts.norms.astype(np.float64)}
     columns |= {f"to:{j}": by_target[:, k] for k, j in enumerate(facts.target_ids)}
     best = tuple(facts.target_ids[k] for k in by_target.argmax(1))
-    about = {"n_targets": len(facts.gram), "near_targets": facts.near_targets(evidence.ids)}
+    near = near_targets(by_target, evidence.ids, facts.target_ids)
+    about = {"n_targets": len(facts.gram), "near_targets": near}
     return Scores("grad_cosine", evidence.ids, main, columns, best, about)
